@@ -1,0 +1,194 @@
+"""Find a checkpoint, map its safetensors files, and account for every tensor in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError
+
+WEIGHT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
+_INDEX = "model.safetensors.index.json"
+
+
+def locate(
+    model: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """Return the local folder of ``model``: a folder, or a hub id such as ``org/name``.
+
+    A hub id is looked up in the Hugging Face cache and downloaded if it is not there
+    (``HF_HUB_OFFLINE=1`` or ``local_files_only`` forbids the download).
+
+    Raises:
+        CheckpointError: neither a folder nor a reachable hub id.
+    """
+    name = os.fspath(model)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{name} is a file: give the folder that holds config.json")
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(
+            f"{name} does not exist: give a checkpoint folder or a hub id such as "
+            "Qwen/Qwen3-VL-Embedding-2B"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_HUB_FILES,
+                local_files_only=local_files_only,
+            )
+        )
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{name} is no folder here, is not in the Hugging Face cache, and the hub cannot be "
+            f"reached: check the spelling, or run `hf download {name}` where there is a network"
+        ) from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is no folder here and could not be downloaded ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]})"
+        ) from None
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, memory-mapped: reading one copies nothing.
+
+    Args:
+        folder: holds ``model.safetensors``, or shards with their index.
+
+    Raises:
+        CheckpointError: no weights, a missing shard, a truncated or corrupt file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[Path, safe_open] = {}
+        self._owner: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        indexed = self._read_index()
+        for path in sorted(set(indexed.values())) if indexed else [self._single_file()]:
+            self._open(path)
+        wrong = [n for n, path in indexed.items() if self._owner.get(n) != path]
+        if wrong:
+            raise CheckpointError(
+                f"{folder / _INDEX} places {wrong[0]} in {indexed[wrong[0]].name}, which does not "
+                f"hold it ({len(wrong)} such entries): the shards are of different downloads"
+            )
+
+    def _read_index(self) -> dict[str, Path]:
+        path = self.folder / _INDEX
+        if not path.exists():
+            return {}
+        try:
+            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            index = {str(name): self.folder / Path(file).name for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({type(error).__name__}): download it again"
+            ) from None
+        missing = sorted({p.name for p in index.values() if not p.exists()})
+        if missing:
+            raise CheckpointError(
+                f"{self.folder} lacks {', '.join(missing)}, which {_INDEX} names: "
+                "the download is incomplete"
+            )
+        return index
+
+    def _single_file(self) -> Path:
+        path = self.folder / "model.safetensors"
+        if path.exists():
+            return path
+        others = sorted(self.folder.glob("*.safetensors"))
+        if len(others) == 1:
+            return others[0]
+        found = "several safetensors files but no index" if others else "no safetensors file"
+        hint = ""
+        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt*")):
+            hint = " (pickled .bin weights are not read: convert them to safetensors)"
+        raise CheckpointError(f"{self.folder} holds {found}{hint}")
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt")
+            names = list(file.keys())
+            slices = {name: file.get_slice(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            size = path.stat().st_size if path.exists() else 0
+            raise CheckpointError(
+                f"{path} ({size:,} bytes) is truncated or corrupt: {error}; download it again"
+            ) from None
+        self._files[path] = file
+        for name, view in slices.items():
+            if name in self._owner:
+                raise CheckpointError(
+                    f"{name} is in both {self._owner[name].name} and {path.name}: "
+                    "remove the shards that do not belong here"
+                )
+            self._owner[name] = path
+            self.shapes[name] = tuple(view.get_shape())
+            self.dtypes[name] = view.get_dtype()
+
+    def require(self, expected: Mapping[str, tuple[int, ...]], optional: frozenset[str]) -> None:
+        """Check that the files hold exactly the ``expected`` tensors.
+
+        Args:
+            expected: name → shape.
+            optional: names that may be absent.
+
+        Raises:
+            CheckpointError: names every kind of mismatch: missing, left over, misshapen, of a
+                dtype other than float32, bfloat16 and float16.
+        """
+        missing = [n for n in expected if n not in self.shapes and n not in optional]
+        left_over = [n for n in self.shapes if n not in expected]
+        misshapen = [
+            f"{n} is {list(self.shapes[n])}, expected {list(shape)}"
+            for n, shape in expected.items()
+            if n in self.shapes and self.shapes[n] != shape
+        ]
+        wrong_type = [
+            f"{n} is {dtype}, expected one of {', '.join(WEIGHT_DTYPES)}"
+            for n, dtype in self.dtypes.items()
+            if dtype not in WEIGHT_DTYPES and n in expected
+        ]
+        problems = {
+            "missing": missing,
+            "left over": left_over,
+            "of another shape": misshapen,
+            "of a type this package does not load": wrong_type,
+        }
+        lines = []
+        for what, names in problems.items():
+            if names:
+                more = f" … and {len(names) - 5} more" if len(names) > 5 else ""
+                lines.append(f"{len(names)} {what}: {'; '.join(names[:5])}{more}")
+        if lines:
+            raise CheckpointError(
+                f"{self.folder}: the weights do not fit config.json\n  " + "\n  ".join(lines)
+            )
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The torch dtype that ``name`` is stored in."""
+        return WEIGHT_DTYPES[self.dtypes[name]]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, backed by the mapped file."""
+        value: torch.Tensor = self._files[self._owner[name]].get_tensor(name)
+        return value

@@ -1,0 +1,279 @@
+"""``config.json`` and ``preprocessor_config.json`` as frozen dataclasses.
+
+Every size that the model uses comes from these files. Two spellings of the rope settings are
+in use: ``rope_parameters`` (transformers 5) and ``rope_scaling`` + ``rope_theta`` (4.57).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+MODEL_TYPES = ("qwen3_vl",)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder. ``rope_theta`` and ``mrope_section`` define the interleaved mrope."""
+
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower. ``num_positions`` is the size of the learned square position grid."""
+
+    hidden_size: int
+    depth: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    out_hidden_size: int
+    num_positions: int
+    deepstack_layers: tuple[int, ...]
+    rope_theta: float
+    norm_eps: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def merged_size(self) -> int:
+        """Width of ``spatial_merge_size``² neighbouring patches side by side."""
+        return self.hidden_size * self.spatial_merge_size**2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything in ``config.json`` that the forward pass and the prompt need."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tie_word_embeddings: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """The per-channel normalisation of ``preprocessor_config.json``: (x / 255 − mean) / std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist: the checkpoint folder is incomplete, download it again"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+class _Reader:
+    """Typed look-ups in one JSON object, with errors that name the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+
+    def child(self, key: str) -> _Reader:
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.where}: `{key}` is missing or not an object")
+        return _Reader(value, f"{self.where}: {key}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise CheckpointError(f"{self.where}: `{key}` is {value!r}, expected an integer >= 0")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{self.where}: `{key}` is {value!r}, expected a number")
+        return float(value)
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """The code supports these values only; an absent key means the first."""
+        value = self.values.get(key, allowed[0])
+        if value not in allowed:
+            raise CheckpointError(
+                f"{self.where}: `{key}` is {value!r}, this package runs {allowed[0]!r} only"
+            )
+
+
+def _text_config(reader: _Reader) -> TextConfig:
+    reader.expect("hidden_act", "silu")
+    reader.expect("attention_bias", False)
+    rope = next(
+        (
+            reader.child(key)
+            for key in ("rope_parameters", "rope_scaling")
+            if isinstance(reader.values.get(key), dict)
+        ),
+        None,
+    )
+    if rope is None:
+        raise CheckpointError(f"{reader.where}: neither `rope_parameters` nor `rope_scaling`")
+    rope.expect("rope_type", "default", "mrope")
+    theta_owner = rope if "rope_theta" in rope.values else reader
+    section = rope.values.get("mrope_section", [24, 20, 20])
+    heads = reader.integer("num_attention_heads")
+    hidden = reader.integer("hidden_size")
+    config = TextConfig(
+        hidden_size=hidden,
+        num_layers=reader.integer("num_hidden_layers"),
+        intermediate_size=reader.integer("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=reader.integer("num_key_value_heads"),
+        head_dim=reader.integer("head_dim", hidden // max(heads, 1)),
+        vocab_size=reader.integer("vocab_size"),
+        norm_eps=reader.number("rms_norm_eps", 1e-6),
+        rope_theta=theta_owner.number("rope_theta"),
+        mrope_section=tuple(section),
+    )
+    if len(config.mrope_section) != 3 or 2 * sum(config.mrope_section) != config.head_dim:
+        raise CheckpointError(
+            f"{rope.where}: `mrope_section` is {section!r}, expected three numbers "
+            f"that add up to head_dim / 2 = {config.head_dim // 2}"
+        )
+    if config.num_kv_heads == 0 or config.num_heads % config.num_kv_heads:
+        raise CheckpointError(
+            f"{reader.where}: {config.num_heads} query heads are not a multiple of "
+            f"{config.num_kv_heads} key heads"
+        )
+    return config
+
+
+def _vision_config(reader: _Reader) -> VisionConfig:
+    reader.expect("hidden_act", "gelu_pytorch_tanh")
+    reader.expect("in_channels", 3)
+    theta = 1e4
+    if isinstance(reader.values.get("rope_parameters"), dict):
+        theta = reader.child("rope_parameters").number("rope_theta", theta)
+    config = VisionConfig(
+        hidden_size=reader.integer("hidden_size"),
+        depth=reader.integer("depth"),
+        intermediate_size=reader.integer("intermediate_size"),
+        num_heads=reader.integer("num_heads"),
+        in_channels=reader.integer("in_channels", 3),
+        patch_size=reader.integer("patch_size"),
+        temporal_patch_size=reader.integer("temporal_patch_size"),
+        spatial_merge_size=reader.integer("spatial_merge_size"),
+        out_hidden_size=reader.integer("out_hidden_size"),
+        num_positions=reader.integer("num_position_embeddings"),
+        deepstack_layers=tuple(reader.values.get("deepstack_visual_indexes", ())),
+        rope_theta=theta,
+        norm_eps=1e-6,
+    )
+    if config.num_heads == 0 or config.hidden_size % (4 * config.num_heads):
+        raise CheckpointError(
+            f"{reader.where}: hidden_size {config.hidden_size} over {config.num_heads} heads gives "
+            "no head dim that is a multiple of 4, which the two-dimensional rope needs"
+        )
+    if round(config.num_positions**0.5) ** 2 != config.num_positions:
+        raise CheckpointError(
+            f"{reader.where}: num_position_embeddings {config.num_positions} is not a square"
+        )
+    bad = [i for i in config.deepstack_layers if not 0 <= i < config.depth]
+    if bad:
+        raise CheckpointError(
+            f"{reader.where}: deepstack_visual_indexes {bad} are not among the {config.depth} blocks"
+        )
+    return config
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read ``config.json`` of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or describes another kind of model.
+    """
+    path = folder / "config.json"
+    values = _read_json(path)
+    model_type = values.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{path}: model_type is {model_type!r}; this package runs {', '.join(MODEL_TYPES)} "
+            "(Qwen3-VL-Embedding and Qwen3-VL-Reranker)"
+        )
+    reader = _Reader(values, str(path))
+    text_reader = reader.child("text_config")
+    text = _text_config(text_reader)
+    vision = _vision_config(reader.child("vision_config"))
+    if vision.out_hidden_size != text.hidden_size:
+        raise CheckpointError(
+            f"{path}: the vision tower ends in {vision.out_hidden_size} values a token, "
+            f"the decoder takes {text.hidden_size}"
+        )
+    if len(vision.deepstack_layers) > text.num_layers:
+        raise CheckpointError(
+            f"{path}: {len(vision.deepstack_layers)} deepstack levels for {text.num_layers} layers"
+        )
+    tied = values.get("tie_word_embeddings", text_reader.values.get("tie_word_embeddings", False))
+    names = ("dtype", "torch_dtype")
+    dtypes = [v[k] for v in (values, text_reader.values) for k in names if isinstance(v.get(k), str)]
+    return ModelConfig(
+        text=text,
+        vision=vision,
+        image_token_id=reader.integer("image_token_id"),
+        video_token_id=reader.integer("video_token_id"),
+        vision_start_token_id=reader.integer("vision_start_token_id"),
+        vision_end_token_id=reader.integer("vision_end_token_id"),
+        tie_word_embeddings=bool(tied),
+        dtype=dtypes[0] if dtypes else "float32",
+    )
+
+
+def load_pixel_config(folder: Path) -> PixelConfig:
+    """Read mean and std from ``preprocessor_config.json``; absent means 0.5 and 0.5.
+
+    Raises:
+        CheckpointError: the file is damaged or asks for another scaling than 1/255.
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        return PixelConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    values = _read_json(path)
+    if abs(float(values.get("rescale_factor", 1 / 255)) - 1 / 255) > 1e-9:
+        raise CheckpointError(f"{path}: rescale_factor {values['rescale_factor']} is not 1/255")
+
+    def triple(key: str) -> tuple[float, float, float]:
+        value = values.get(key, [0.5, 0.5, 0.5])
+        if not isinstance(value, list) or len(value) != 3:
+            raise CheckpointError(f"{path}: `{key}` is {value!r}, expected three numbers")
+        return (float(value[0]), float(value[1]), float(value[2]))
+
+    config = PixelConfig(mean=triple("image_mean"), std=triple("image_std"))
+    if min(config.std) <= 0:
+        raise CheckpointError(f"{path}: image_std {config.std} must be positive")
+    return config

@@ -1,0 +1,262 @@
+"""``Embedder``: texts, pictures, videos and mixtures of them in, vectors out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from .engine import Answer, Usage
+from .errors import BatchError
+from .inputs import parse_item
+from .prompt import Prompt
+from .runtime import Encoded, InputOptions, OnError, Runtime, check_choice, warn_if_truncated
+from .vectors import VECTOR_TYPES, VectorType, convert, cut, similarity
+
+class Embedder:
+    """A Qwen3-VL-Embedding model. Thread-safe; a context manager that closes itself.
+
+    An *input* is a string, a ``PIL.Image``, or a dict with any of ``text``, ``image``, ``video``
+    (each one value or a list), ``instruction``, ``fps`` and ``max_frames``. An image is a path,
+    URL, data URI, bytes or ``PIL.Image``; a video is a path, URL, data URI, bytes or a list of
+    images.
+
+    Make one with :meth:`from_pretrained`.
+    """
+
+    def __init__(self, runtime: Runtime, default_instruction: str | None = None) -> None:
+        self._runtime = runtime
+        self._default_instruction = default_instruction
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        backend: str = "auto",
+        default_instruction: str | None = None,
+        max_length: int = 8192,
+        truncate: bool = True,
+        min_pixels: int = 4096,
+        max_pixels: int = 1_843_200,
+        total_pixels: int = 7_864_320,
+        fps: float = 1.0,
+        max_frames: int = 64,
+        allow_media_domains: Sequence[str] = (),
+        batch_tokens: int = 16_384,
+        batch_patches: int = 16_384,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> Embedder:
+        """Load a model.
+
+        Args:
+            model: a folder with a checkpoint, or a hub id such as
+                ``Qwen/Qwen3-VL-Embedding-2B``.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+            dtype: ``auto`` (that of the checkpoint), ``float32``, ``bfloat16`` or ``float16``.
+            backend: ``auto`` or ``reference``.
+            default_instruction: for inputs that name none; None is the model's own,
+                ``Represent the user's input.``
+            max_length: the most tokens an input may have.
+            truncate: cut the text of longer inputs, with a warning; otherwise they are errors.
+            min_pixels, max_pixels: pictures are resized to have this many pixels.
+            total_pixels: the same for all sampled frames of a video together, halved.
+            fps: frames a second that are sampled from video files.
+            max_frames: the most frames sampled from a video.
+            allow_media_domains: hosts that media may be fetched from; a leading dot admits
+                subdomains. Empty: no URL is ever fetched.
+            batch_tokens, batch_patches: the most one forward pass holds.
+            revision: branch, tag or commit, for a hub id.
+            local_files_only: never download.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged or of another kind.
+            BackendError: the device or backend does not exist here.
+        """
+        runtime = Runtime.load(
+            model,
+            InputOptions.make(
+                max_length=max_length,
+                truncate=truncate,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+                total_pixels=total_pixels,
+                fps=fps,
+                max_frames=max_frames,
+                allow_media_domains=allow_media_domains,
+            ),
+            reranker=False,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            batch_tokens=batch_tokens,
+            batch_patches=batch_patches,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        return cls(runtime, default_instruction)
+
+    @property
+    def dimensions(self) -> int:
+        """Length of a full vector."""
+        return self._runtime.config.text.hidden_size
+
+    def encode(
+        self,
+        inputs: Any,
+        instruction: str | None = None,
+        *,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        output: VectorType = "float32",
+        batch_tokens: int | None = None,
+        show_progress: bool | None = None,
+        convert_to: Literal["numpy", "torch"] = "numpy",
+        on_error: OnError = "raise",
+        details: bool = False,
+    ) -> Any:
+        """Embed one input, or a list of them.
+
+        Args:
+            inputs: one input or an iterable of inputs.
+            instruction: for inputs that do not carry their own.
+            dimensions: keep only the first values of each vector (Matryoshka).
+            normalize: scale vectors to unit length.
+            output: the type of the vectors, see :func:`qvlfast.vectors.convert`.
+            batch_tokens: a lower budget than that of ``from_pretrained``.
+            show_progress: None shows a bar on a terminal when the work takes long.
+            convert_to: numpy array or torch tensor.
+            on_error: ``raise`` answers the good items, then raises one :class:`BatchError`;
+                ``return`` returns an :class:`Encoded`.
+            details: return an :class:`Encoded` with tokens, truncation and scales.
+
+        Returns:
+            ``[N, D]`` in the order of ``inputs``, ``[D]`` for a single input; or :class:`Encoded`.
+
+        Raises:
+            BatchError: some items failed, and ``on_error`` is ``raise``.
+        """
+        self._check_choices(dimensions, output, convert_to, on_error)
+        single = isinstance(inputs, str | bytes | Mapping | Image.Image | np.ndarray)
+        items = [inputs] if single else list(inputs)
+        rows = np.full((len(items), self.dimensions), np.nan, dtype=np.float32)
+        usage: list[Usage | None] = [None] * len(items)
+        errors: dict[int, Exception] = {}
+        outcomes = self._runtime.run(
+            (self._request(item, instruction) for item in items),
+            total=len(items),
+            show_progress=show_progress,
+            batch_tokens=batch_tokens,
+        )
+        for index, outcome in enumerate(outcomes):
+            if isinstance(outcome, Answer):
+                rows[index] = outcome.value
+                usage[index] = outcome.usage
+            else:
+                errors[index] = outcome
+        warn_if_truncated(usage)
+        vectors, scales = convert(cut(rows, dimensions, normalize), output)
+        if single:
+            vectors = vectors[0]
+        if convert_to == "torch":
+            vectors = torch.from_numpy(vectors)
+        encoded = Encoded(vectors, usage, errors, scales)
+        result = encoded if details or on_error == "return" else vectors
+        if errors and on_error == "raise":
+            if single:
+                raise errors[0]
+            raise BatchError(result, errors)
+        return result
+
+    def encode_iter(
+        self,
+        inputs: Iterable[Any],
+        instruction: str | None = None,
+        *,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        output: VectorType = "float32",
+        batch_tokens: int | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[Any]:
+        """Embed an endless or huge iterable in bounded memory.
+
+        Yields:
+            For each input in order its vector ``[D]``. With ``on_error="return"`` a failed
+            item yields its exception instead; with ``raise`` the first one is raised.
+        """
+        self._check_choices(dimensions, output, "numpy", on_error)
+        requests = (self._request(item, instruction) for item in inputs)
+        for outcome in self._runtime.run(requests, batch_tokens=batch_tokens):
+            if isinstance(outcome, Answer):
+                warn_if_truncated([outcome.usage])
+                vector, _ = convert(cut(outcome.value[None], dimensions, normalize), output)
+                yield vector[0]
+            elif on_error == "raise":
+                raise outcome
+            else:
+                yield outcome
+
+    def encode_query(self, inputs: Any, instruction: str | None = None, **options: Any) -> Any:
+        """:meth:`encode` for queries: pass the task as ``instruction``."""
+        return self.encode(inputs, instruction, **options)
+
+    def encode_document(self, inputs: Any, instruction: str | None = None, **options: Any) -> Any:
+        """:meth:`encode` for documents."""
+        return self.encode(inputs, instruction, **options)
+
+    def similarity(self, a: Any, b: Any, output: VectorType = "float32") -> NDArray[np.float32]:
+        """Cosine of every pair, ``[N, M]``; ``output`` is the type that both were encoded to."""
+        return similarity(a, b, output)
+
+    def process(self, inputs: Sequence[Mapping[str, Any]], normalize: bool = True) -> torch.Tensor:
+        """The method of the official script: dicts in, a float32 tensor ``[N, D]`` out."""
+        vectors: torch.Tensor = self.encode(list(inputs), normalize=normalize, convert_to="torch")
+        return vectors
+
+    def close(self) -> None:
+        """Finish what was accepted and stop the threads. Calling it again does nothing."""
+        self._runtime.engine.close()
+
+    def __enter__(self) -> Embedder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(self, value: Any, instruction: str | None) -> Callable[[], Prompt]:
+        return partial(self._prepare, value, instruction or self._default_instruction)
+
+    def _prepare(self, value: Any, instruction: str | None) -> Prompt:
+        options = self._runtime.options
+        item = parse_item(value)
+        media = self._runtime.load_media(item)
+        return self._runtime.prompter.embed(
+            item, media, options.max_length, options.truncate, item.instruction or instruction
+        )
+
+    def _check_choices(
+        self, dimensions: int | None, output: str, convert_to: str, on_error: str
+    ) -> None:
+        check_choice("output", output, VECTOR_TYPES)
+        check_choice("convert_to", convert_to, ("numpy", "torch"))
+        check_choice("on_error", on_error, ("raise", "return"))
+        if dimensions is not None and not 1 <= dimensions <= self.dimensions:
+            raise ValueError(
+                f"dimensions is {dimensions}: this model's vectors have {self.dimensions} values"
+            )

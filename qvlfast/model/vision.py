@@ -1,0 +1,77 @@
+"""The vision tower: uint8 patches in, one vector a visual token (and deepstack level) out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..batch import VisionBatch
+from ..config import VisionConfig
+from ..ops import Ops
+from ..weights import Merger, VisionBlock, VisionWeights
+
+
+def vision_forward(
+    ops: Ops, weights: VisionWeights, config: VisionConfig, batch: VisionBatch
+) -> tuple[Tensor, list[Tensor]]:
+    """Run the tower over packed pictures and videos.
+
+    Returns:
+        The visual tokens ``[V, out_hidden_size]``, and for each deepstack level what is added to
+        them after the decoder layer of that number, ``[V, out_hidden_size]`` each.
+    """
+    x = _embed_patches(ops, weights, config, batch)
+    cos, sin = ops.vision_rope_tables(batch.positions, config.head_dim, config.rope_theta)
+    deepstack = []
+    for index, block in enumerate(weights.blocks):
+        x = _block(ops, block, config, batch, x, cos, sin)
+        if index in config.deepstack_layers:
+            level = config.deepstack_layers.index(index)
+            deepstack.append(_merge(ops, weights.deepstack[level], config, x))
+    return _merge(ops, weights.merger, config, x), deepstack
+
+
+def _embed_patches(
+    ops: Ops, weights: VisionWeights, config: VisionConfig, batch: VisionBatch
+) -> Tensor:
+    positions = ops.resample_positions(weights.positions, batch.grids, config.spatial_merge_size)
+    stills = batch.stills.shape[0]
+    parts = []
+    for pixels, embed, place in (
+        (batch.stills, weights.patch_still, positions[:stills]),
+        (batch.videos, weights.patch_video, positions[stills:]),
+    ):
+        if pixels.shape[0]:
+            parts.append(ops.patch_embed(pixels, embed.weight, embed.bias, place))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _block(
+    ops: Ops,
+    block: VisionBlock,
+    config: VisionConfig,
+    batch: VisionBatch,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    normed = ops.layer_norm(x, block.norm1.weight, block.norm1.bias, config.norm_eps)
+    qkv = ops.linear(normed, block.qkv.weight, block.qkv.bias)
+    q, k, v = qkv.view(len(x), 3, config.num_heads, config.head_dim).unbind(1)
+    q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+    scale = config.head_dim**-0.5
+    attended = ops.attention(q, k, v, batch.forest, causal=False, scale=scale)
+    x = x + ops.linear(attended.flatten(1), block.proj.weight, block.proj.bias)
+    normed = ops.layer_norm(x, block.norm2.weight, block.norm2.bias, config.norm_eps)
+    hidden = ops.gelu_tanh(ops.linear(normed, block.fc1.weight, block.fc1.bias))
+    return x + ops.linear(hidden, block.fc2.weight, block.fc2.bias)
+
+
+def _merge(ops: Ops, merger: Merger, config: VisionConfig, x: Tensor) -> Tensor:
+    """Neighbouring patches are adjacent rows, so concatenating them is a view."""
+    if merger.norm_merged:
+        x = x.view(-1, config.merged_size)
+    x = ops.layer_norm(x, merger.norm.weight, merger.norm.bias, config.norm_eps)
+    x = x.view(-1, config.merged_size)
+    hidden = ops.gelu_erf(ops.linear(x, merger.fc1.weight, merger.fc1.bias))
+    return ops.linear(hidden, merger.fc2.weight, merger.fc2.bias)

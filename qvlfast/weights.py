@@ -1,0 +1,325 @@
+"""Checkpoint tensors by name, as the frozen dataclasses that the forward pass reads.
+
+The names are those of the published checkpoints; a ``model.`` prefix may be absent, as in
+checkpoints saved from the bare ``Qwen3VLModel``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .config import ModelConfig, PixelConfig, VisionConfig
+from .errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x · weightᵀ + bias; weight ``[N, K]``, bias ``[N]`` or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """weight and bias ``[C]``."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class PatchEmbed:
+    """Patch embedding of uint8 pixels, with the normalisation folded in.
+
+    weight ``[C, K]`` in the model's dtype, bias ``[C]`` in float32; K counts the values of a
+    still's patch (one frame) or of a video's (``temporal_patch_size`` frames).
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class VisionBlock:
+    norm1: LayerNorm
+    qkv: Linear
+    proj: Linear
+    norm2: LayerNorm
+    fc1: Linear
+    fc2: Linear
+
+
+@dataclass(frozen=True)
+class Merger:
+    """``norm_merged``: normalise the concatenated patches (deepstack) instead of each patch."""
+
+    norm: LayerNorm
+    fc1: Linear
+    fc2: Linear
+    norm_merged: bool
+
+
+@dataclass(frozen=True)
+class VisionWeights:
+    patch_still: PatchEmbed
+    patch_video: PatchEmbed
+    positions: Tensor
+    """The learned position grid ``[num_positions, C]``, row by row."""
+    blocks: tuple[VisionBlock, ...]
+    merger: Merger
+    deepstack: tuple[Merger, ...]
+
+
+@dataclass(frozen=True)
+class TextLayer:
+    input_norm: Tensor
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    q_norm: Tensor
+    k_norm: Tensor
+    o_proj: Linear
+    post_norm: Tensor
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+
+@dataclass(frozen=True)
+class TextWeights:
+    embedding: Tensor
+    """``[vocab_size, hidden_size]``"""
+    layers: tuple[TextLayer, ...]
+    norm: Tensor
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    vision: VisionWeights
+    text: TextWeights
+    answer_rows: Tensor | None
+    """The head's rows of ``yes`` and ``no``, ``[2, hidden_size]`` float32; None in an embedder."""
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of a checkpoint, ``lm_head.weight`` included."""
+    text, vision = config.text, config.vision
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, n: int, k: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (n, k)
+        if bias:
+            shapes[f"{name}.bias"] = (n,)
+
+    def norm(name: str, size: int) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (size,)
+
+    def merger(name: str, norm_size: int) -> None:
+        norm(f"{name}.norm", norm_size)
+        linear(f"{name}.linear_fc1", vision.merged_size, vision.merged_size, bias=True)
+        linear(f"{name}.linear_fc2", vision.out_hidden_size, vision.merged_size, bias=True)
+
+    c = vision.hidden_size
+    v = "model.visual"
+    shapes[f"{v}.patch_embed.proj.weight"] = (
+        c,
+        vision.in_channels,
+        vision.temporal_patch_size,
+        vision.patch_size,
+        vision.patch_size,
+    )
+    shapes[f"{v}.patch_embed.proj.bias"] = (c,)
+    shapes[f"{v}.pos_embed.weight"] = (vision.num_positions, c)
+    for i in range(vision.depth):
+        block = f"{v}.blocks.{i}"
+        norm(f"{block}.norm1", c)
+        norm(f"{block}.norm2", c)
+        linear(f"{block}.attn.qkv", 3 * c, c, bias=True)
+        linear(f"{block}.attn.proj", c, c, bias=True)
+        linear(f"{block}.mlp.linear_fc1", vision.intermediate_size, c, bias=True)
+        linear(f"{block}.mlp.linear_fc2", c, vision.intermediate_size, bias=True)
+    merger(f"{v}.merger", c)
+    for j in range(len(vision.deepstack_layers)):
+        merger(f"{v}.deepstack_merger_list.{j}", vision.merged_size)
+
+    h = text.hidden_size
+    t = "model.language_model"
+    shapes[f"{t}.embed_tokens.weight"] = (text.vocab_size, h)
+    shapes[f"{t}.norm.weight"] = (h,)
+    shapes["lm_head.weight"] = (text.vocab_size, h)
+    for i in range(text.num_layers):
+        layer = f"{t}.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (h,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
+        shapes[f"{layer}.self_attn.q_norm.weight"] = (text.head_dim,)
+        shapes[f"{layer}.self_attn.k_norm.weight"] = (text.head_dim,)
+        linear(f"{layer}.self_attn.q_proj", text.num_heads * text.head_dim, h, bias=False)
+        linear(f"{layer}.self_attn.k_proj", text.num_kv_heads * text.head_dim, h, bias=False)
+        linear(f"{layer}.self_attn.v_proj", text.num_kv_heads * text.head_dim, h, bias=False)
+        linear(f"{layer}.self_attn.o_proj", h, text.num_heads * text.head_dim, bias=False)
+        linear(f"{layer}.mlp.gate_proj", text.intermediate_size, h, bias=False)
+        linear(f"{layer}.mlp.up_proj", text.intermediate_size, h, bias=False)
+        linear(f"{layer}.mlp.down_proj", h, text.intermediate_size, bias=False)
+    return shapes
+
+
+def fold_normalisation(
+    weight: Tensor, bias: Tensor, pixels: PixelConfig, dtype: torch.dtype, *, still: bool
+) -> PatchEmbed:
+    """Fold (u/255 − mean)/std of uint8 pixels u into the patch embedding.
+
+    The normalisation is affine per channel, so it scales the weight and shifts the bias. The two
+    frames of a still are equal, so its temporal slices add up and K halves. The bias is computed
+    from the *rounded* weight and kept in float32: the rounding error of a bfloat16 weight then
+    acts on centred pixels instead of on raw ones, which halves the error.
+
+    Args:
+        weight: ``[C, 3, frames, patch, patch]``.
+        bias: ``[C]``.
+    """
+    mean = torch.tensor(pixels.mean, dtype=torch.float64).view(1, 3, 1)
+    std = torch.tensor(pixels.std, dtype=torch.float64).view(1, 3, 1)
+    wide = weight.to("cpu", torch.float64)
+    wide = wide.sum(dim=2, keepdim=True) if still else wide
+    wide = wide.flatten(2)  # [C, 3, frames · patch · patch]
+    rounded = (wide / (255.0 * std)).to(dtype)
+    shift = (rounded.double() * (255.0 * mean)).sum(dim=(1, 2))
+    folded_bias = (bias.to("cpu", torch.float64) - shift).float()
+    return PatchEmbed(rounded.flatten(1).contiguous(), folded_bias)
+
+
+class _Loader:
+    """Takes tensors by their published name, in one dtype, on one device."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+        self.dtype = dtype
+        self.device = device
+
+    def raw(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(self.prefix + name)
+
+    def __call__(self, name: str) -> Tensor:
+        return self.raw(name).to(device=self.device, dtype=self.dtype)
+
+    def linear(self, name: str, bias: bool) -> Linear:
+        return Linear(self(f"{name}.weight"), self(f"{name}.bias") if bias else None)
+
+    def norm(self, name: str) -> LayerNorm:
+        return LayerNorm(self(f"{name}.weight"), self(f"{name}.bias"))
+
+
+def _load_vision(load: _Loader, config: VisionConfig, pixels: PixelConfig) -> VisionWeights:
+    def merger(name: str, norm_merged: bool) -> Merger:
+        return Merger(
+            load.norm(f"{name}.norm"),
+            load.linear(f"{name}.linear_fc1", bias=True),
+            load.linear(f"{name}.linear_fc2", bias=True),
+            norm_merged,
+        )
+
+    def patch_embed(still: bool) -> PatchEmbed:
+        weight = load.raw("visual.patch_embed.proj.weight")
+        bias = load.raw("visual.patch_embed.proj.bias")
+        folded = fold_normalisation(weight, bias, pixels, load.dtype, still=still)
+        return PatchEmbed(folded.weight.to(load.device), folded.bias.to(load.device))
+
+    def block(name: str) -> VisionBlock:
+        return VisionBlock(
+            norm1=load.norm(f"{name}.norm1"),
+            qkv=load.linear(f"{name}.attn.qkv", bias=True),
+            proj=load.linear(f"{name}.attn.proj", bias=True),
+            norm2=load.norm(f"{name}.norm2"),
+            fc1=load.linear(f"{name}.mlp.linear_fc1", bias=True),
+            fc2=load.linear(f"{name}.mlp.linear_fc2", bias=True),
+        )
+
+    return VisionWeights(
+        patch_still=patch_embed(still=True),
+        patch_video=patch_embed(still=False),
+        positions=load("visual.pos_embed.weight"),
+        blocks=tuple(block(f"visual.blocks.{i}") for i in range(config.depth)),
+        merger=merger("visual.merger", norm_merged=False),
+        deepstack=tuple(
+            merger(f"visual.deepstack_merger_list.{j}", norm_merged=True)
+            for j in range(len(config.deepstack_layers))
+        ),
+    )
+
+
+def _load_text(load: _Loader, num_layers: int) -> TextWeights:
+    def layer(name: str) -> TextLayer:
+        return TextLayer(
+            input_norm=load(f"{name}.input_layernorm.weight"),
+            q_proj=load.linear(f"{name}.self_attn.q_proj", bias=False),
+            k_proj=load.linear(f"{name}.self_attn.k_proj", bias=False),
+            v_proj=load.linear(f"{name}.self_attn.v_proj", bias=False),
+            q_norm=load(f"{name}.self_attn.q_norm.weight"),
+            k_norm=load(f"{name}.self_attn.k_norm.weight"),
+            o_proj=load.linear(f"{name}.self_attn.o_proj", bias=False),
+            post_norm=load(f"{name}.post_attention_layernorm.weight"),
+            gate_proj=load.linear(f"{name}.mlp.gate_proj", bias=False),
+            up_proj=load.linear(f"{name}.mlp.up_proj", bias=False),
+            down_proj=load.linear(f"{name}.mlp.down_proj", bias=False),
+        )
+
+    return TextWeights(
+        embedding=load("language_model.embed_tokens.weight"),
+        layers=tuple(layer(f"language_model.layers.{i}") for i in range(num_layers)),
+        norm=load("language_model.norm.weight"),
+    )
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    pixels: PixelConfig,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    answer_ids: tuple[int, int] | None,
+) -> ModelWeights:
+    """Check and load all weights.
+
+    On the CPU, and in the dtype of the file, every large tensor stays the mapped file itself.
+
+    Args:
+        dtype: None means the dtype that the token embedding is stored in.
+        answer_ids: vocabulary entries of ``yes`` and ``no`` for a reranker, None for an embedder.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, misshapen or of a wrong type.
+    """
+    expected = expected_shapes(config)
+    bare = not any(name.startswith("model.") for name in checkpoint.shapes)
+    prefix = "" if bare else "model."
+    if bare:
+        expected = {name.removeprefix("model."): shape for name, shape in expected.items()}
+    # An embedder has no use for the head, and a tied head is the embedding itself; files of both
+    # kinds exist with and without it.
+    head_optional = answer_ids is None or config.tie_word_embeddings
+    checkpoint.require(expected, frozenset({"lm_head.weight"} if head_optional else ()))
+    embedding = f"{prefix}language_model.embed_tokens.weight"
+    load = _Loader(checkpoint, prefix, dtype or checkpoint.dtype(embedding), device)
+    rows = None
+    if answer_ids is not None:
+        head = checkpoint.tensor(embedding if config.tie_word_embeddings else "lm_head.weight")
+        if max(answer_ids) >= head.shape[0]:
+            raise CheckpointError(
+                f"the tokenizer puts `yes` and `no` at {answer_ids}, "
+                f"the head has {head.shape[0]} rows: tokenizer and weights do not belong together"
+            )
+        rows = head[list(answer_ids)].to(device=device, dtype=torch.float32)
+    return ModelWeights(
+        vision=_load_vision(load, config.vision, pixels),
+        text=_load_text(load, config.text.num_layers),
+        answer_rows=rows,
+    )

@@ -1,0 +1,22 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the ``tiny`` synthetic checkpoint in float32, with the real tokenizer."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", "tiny")
+
+
+@pytest.fixture(scope="session")
+def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the ``odd`` checkpoint: sizes off the usual multiples, untied, three shards."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "odd"
+    return write_checkpoint(folder, "odd", shards=3, spelling="rope_scaling")
