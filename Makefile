@@ -16,7 +16,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 bin := $(VENV)/bin
-pip := $(bin)/python -m pip --quiet --disable-pip-version-check --no-input
+pip := $(bin)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 sources := $(wildcard csrc/*.cpp csrc/*.h)
 cpp := $(sources) $(wildcard tests/native/*.cpp)
 stamp := $(VENV)/.stamp

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import importlib.resources
+import itertools
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -125,8 +126,8 @@ def split_token(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """
     limit = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:  # noqa: PLR2004
-        joined = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+    while len(parts) > 2:
+        joined = [ranks.get(a + b, limit) for a, b in itertools.pairwise(parts)]
         best = min(joined)
         if best == limit:
             raise ValueError(f"token {token!r} cannot be built from lower ranks: {parts}")

@@ -241,7 +241,9 @@ def load_config(folder: Path) -> ModelConfig:
         )
     tied = values.get("tie_word_embeddings", text_reader.values.get("tie_word_embeddings", False))
     names = ("dtype", "torch_dtype")
-    dtypes = [v[k] for v in (values, text_reader.values) for k in names if isinstance(v.get(k), str)]
+    dtypes = [
+        v[k] for v in (values, text_reader.values) for k in names if isinstance(v.get(k), str)
+    ]
     return ModelConfig(
         text=text,
         vision=vision,

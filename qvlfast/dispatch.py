@@ -24,7 +24,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         raise BackendError(f"device {device!r} is unknown: use auto, cpu or cuda:0") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(
-            f"device {device!r}: this torch ({torch.__version__}) sees no CUDA GPU; use device='cpu'"
+            f"device {device!r}: torch {torch.__version__} sees no CUDA GPU here; use device='cpu'"
         )
     if chosen.type not in ("cpu", "cuda"):
         raise BackendError(f"device {device!r} is not supported: use auto, cpu or cuda:0")

@@ -20,6 +20,7 @@ from .prompt import Prompt
 from .runtime import Encoded, InputOptions, OnError, Runtime, check_choice, warn_if_truncated
 from .vectors import VECTOR_TYPES, VectorType, convert, cut, similarity
 
+
 class Embedder:
     """A Qwen3-VL-Embedding model. Thread-safe; a context manager that closes itself.
 
@@ -165,9 +166,8 @@ class Embedder:
             else:
                 errors[index] = outcome
         warn_if_truncated(usage)
-        vectors, scales = convert(cut(rows, dimensions, normalize), output)
-        if single:
-            vectors = vectors[0]
+        stored, scales = convert(cut(rows, dimensions, normalize), output)
+        vectors: Any = stored[0] if single else stored
         if convert_to == "torch":
             vectors = torch.from_numpy(vectors)
         encoded = Encoded(vectors, usage, errors, scales)

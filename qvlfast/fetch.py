@@ -58,6 +58,8 @@ def fetch(
         try:
             addresses = _resolve(host, port, url, allow_private)
             answer = _request(parts, host, port, addresses, max_bytes, deadline)
+        except InputError:
+            raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             late = time.monotonic() >= deadline
             reason = f"no answer within {timeout_s:g} seconds" if late else str(error)
@@ -85,13 +87,13 @@ def is_listed(host: str, port: int, domains: tuple[str, ...]) -> bool:
 def is_public(address: Address) -> bool:
     """Whether an address is on the open internet, whichever way it is written."""
     if isinstance(address, ipaddress.IPv6Address):
-        inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-        if address in _NAT64:
-            inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        if any(part is not None and not is_public(part) for part in inner):
-            return False
         if address.ipv4_mapped is not None:
-            return True
+            return is_public(address.ipv4_mapped)
+        if address in _NAT64:
+            return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        tunnelled = [address.sixtofour, *(address.teredo or ())]
+        if any(part is not None and not is_public(part) for part in tunnelled):
+            return False
         if address.is_site_local:
             return False
     return address.is_global and not (
@@ -166,6 +168,7 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, host: str, port: int, addresses: list[Address], secure: bool) -> None:
         super().__init__(host, port)
         self.default_port = _PORTS["https" if secure else "http"]
+        self.wire: socket.socket | None = None  # `sock`, which goes once the answer has begun
         self._addresses = addresses
         self._secure = secure
 
@@ -177,14 +180,15 @@ class _Connection(http.client.HTTPConnection):
             except OSError as failed:
                 error = failed
                 continue
-            self.sock = plain
+            self.sock = self.wire = plain
             if self._secure:
                 context = ssl.create_default_context()
-                # The handshake comes after `sock` is set, so that the deadline can end it.
-                self.sock = context.wrap_socket(
+                secure = context.wrap_socket(
                     plain, server_hostname=self.host, do_handshake_on_connect=False
                 )
-                self.sock.do_handshake()
+                # The handshake comes after `wire` is set, so that the deadline can end it.
+                self.sock = self.wire = secure
+                secure.do_handshake()
             return
         raise error or OSError("no address to connect to")
 
@@ -195,10 +199,9 @@ def _cut_off(connection: _Connection, deadline: float) -> Iterator[None]:
     every byte that a slow server drips."""
 
     def shut() -> None:
-        sock = connection.sock
-        if sock is not None:
+        if connection.wire is not None:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                connection.wire.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), shut)
     timer.daemon = True
@@ -236,14 +239,14 @@ def _request(
             return location
         _check_answer(response, url, max_bytes)
         body = bytearray()
-        while chunk := response.read(_CHUNK):
+        while chunk := response.read1(_CHUNK):
             body += chunk
             if len(body) > max_bytes:
                 _refuse_size(url, f"over {max_bytes}", max_bytes)
+        if time.monotonic() >= deadline:
+            raise TimeoutError  # an answer that was shut off looks like one that ended
         if response.length:
             _fail(url, f"the answer ended {response.length} bytes early")
-        if time.monotonic() >= deadline:
-            raise TimeoutError("the answer took too long")
     return bytes(body)
 
 

@@ -109,8 +109,8 @@ class Prompter:
     """
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        self._vocabulary = Vocabulary(folder)
         self._template = Template(folder)
+        self._vocabulary = Vocabulary(folder)
         self._merge = config.vision.spatial_merge_size
         token = self._vocabulary.token
         self._image_pad = token(config.image_token_id)

@@ -265,7 +265,7 @@ class Reranker:
             query,
             query_media,
             item,
-            self._runtime.load_media(item),
+            self._runtime.load_media(item, beside=query_media),
             options.max_length,
             options.truncate,
             query.instruction or instruction or self._default_instruction,

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +25,7 @@ from .model import Model
 from .pixels import Patches, PixelLimits
 from .prompt import Prompt, Prompter
 from .scheduler import Budget
+from .video import item_patches
 from .weights import load_weights
 
 DTYPES = {
@@ -38,6 +38,9 @@ DTYPES = {
 # Requests of one call that are under way at once: enough to fill batches, few enough that an
 # endless input stays in bounded memory.
 _WINDOW = 256
+
+# What a video leaves for the template and an instruction when it is fitted into max_length.
+_TEMPLATE_TOKENS = 128
 
 
 OnError = Literal["raise", "return"]
@@ -131,10 +134,8 @@ class Runtime:
     """Configuration, prompts and engine of one checkpoint."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, prompter: Prompter, engine: Engine,
-        options: InputOptions,
+        self, config: ModelConfig, prompter: Prompter, engine: Engine, options: InputOptions
     ) -> None:
-        self.folder = folder
         self.config = config
         self.prompter = prompter
         self.engine = engine
@@ -173,7 +174,18 @@ class Runtime:
             answer_ids=answer_ids,
         )
         engine = Engine(Model(config, weights, ops), torch_device, budget)
-        return cls(folder, config, prompter, engine, options)
+        return cls(config, prompter, engine, options)
+
+    def load_media(self, item: Item, beside: Sequence[Patches] = ()) -> list[Patches]:
+        """Decode and cut the videos, then the images, of an input.
+
+        Args:
+            beside: other media of the same prompt, whose tokens count against its length.
+        """
+        options = self.options
+        taken = _TEMPLATE_TOKENS + sum(m.num_tokens for m in beside)
+        budget = options.max_length - taken
+        return item_patches(item, self.config.vision, options.limits, options.policy, budget)
 
     def run(
         self,

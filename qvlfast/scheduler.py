@@ -49,9 +49,7 @@ class Scheduler(Generic[Job]):
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def push(
-        self, job: Job, *, tokens: int, patches: int, batch_tokens: int | None = None
-    ) -> None:
+    def push(self, job: Job, *, tokens: int, patches: int, batch_tokens: int | None = None) -> None:
         """Queue ``job``, which costs ``tokens`` decoder tokens and ``patches`` patches.
 
         ``batch_tokens`` lowers the token budget of the batch that it will be in.

@@ -17,13 +17,13 @@ import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
 
 # Stretches of the template itself, instructions and frame times recur; documents do not.
 _CACHED_CHARACTERS = 160
 _CACHE_ENTRIES = 4096
 
-# Private-use characters: whatever the caller's texts hold, one of them is free.
+# Private-use characters, which templates and control tokens do not hold.
 _MARKERS = tuple(range(0xE000, 0xF900)) + tuple(range(0xF0000, 0xFFFFE))
 
 
@@ -127,13 +127,18 @@ class Vocabulary:
         )
 
     def marker(self, texts: Sequence[str]) -> str:
-        """A character that is in none of the texts."""
+        """A character that is in none of the texts.
+
+        Raises:
+            InputError: the texts hold all the characters that could be one.
+        """
         for code in _MARKERS:
             character = chr(code)
             if not any(character in text for text in texts):
                 return character
-        used = set().union(*texts)
-        return next(c for c in map(chr, range(1, 0xD800)) if c not in used and c.isprintable())
+        raise InputError(
+            "invalid_text", "the texts hold every private-use character of Unicode: remove one"
+        )
 
     def guard(self, text: str, marker: str) -> str:
         """Mark a text so that no part of it, nor of it and its neighbours, is a control token."""
@@ -177,10 +182,11 @@ class Vocabulary:
 def _control_tokens(document: dict[str, Any], path: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     for entry in document.get("added_tokens") or []:
-        name, number = entry.get("content"), entry.get("id")
+        fields = entry if isinstance(entry, dict) else {}
+        name, number = fields.get("content"), fields.get("id")
         if not isinstance(name, str) or not isinstance(number, int):
             raise CheckpointError(f"{path}: damaged entry {entry!r} in `added_tokens`")
-        traits = [k for k in ("lstrip", "rstrip", "single_word") if entry.get(k)]
+        traits = [k for k in ("lstrip", "rstrip", "single_word") if fields.get(k)]
         if traits or len(name) < 2:
             raise CheckpointError(
                 f"{path}: the added token {name!r} ({', '.join(traits) or 'one character'}) is of "

@@ -45,7 +45,7 @@ def convert(vectors: NDArray[np.float32], output: VectorType) -> tuple[NDArray[A
     """
     if output == "float32":
         return vectors, None
-    failed = np.isnan(vectors).any(axis=1)
+    failed = np.asarray(np.isnan(vectors).any(axis=1))
     filled = np.where(failed[:, None], np.float32(0), vectors)
     if output in ("int8", "uint8"):
         largest = np.abs(filled).max(axis=1, initial=0.0)
@@ -84,7 +84,9 @@ def similarity(a: Any, b: Any, output: VectorType = "float32") -> NDArray[np.flo
         )
     if output in ("binary", "ubinary"):
         offset = 128 if output == "binary" else 0
-        left, right = (_signs((x.astype(np.int16) + offset).astype(np.uint8)) for x in (left, right))
+        left, right = (
+            _signs((x.astype(np.int16) + offset).astype(np.uint8)) for x in (left, right)
+        )
     elif output == "uint8":
         left, right = (x.astype(np.float32) - 128 for x in (left, right))
     left, right = (cut(x.astype(np.float32), None, normalize=True) for x in (left, right))

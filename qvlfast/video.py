@@ -148,7 +148,8 @@ def resize_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if frame.shape[:2] == (height, width):
         return frame
-    pixels = torch.from_numpy(frame).permute(2, 0, 1)[None].float()  # [1, 3, H, W]
+    channels = torch.tensor(frame).permute(2, 0, 1)[None]  # [1, 3, H, W]
+    pixels = channels.to(torch.float32, memory_format=torch.contiguous_format)
     resized = torch.nn.functional.interpolate(
         pixels, size=(height, width), mode="bicubic", align_corners=False, antialias=True
     )
@@ -191,7 +192,7 @@ def _list_patches(
                 f"frame {i} of a video is {image.width}x{image.height} pixels after resizing and "
                 f"frame 0 is {first[0]}x{first[1]}: all frames must have one size",
             )
-        frames.append(resize_frame(np.array(image), *size))
+        frames.append(resize_frame(np.asarray(image), *size))
     if len(frames) % 2:
         frames.append(frames[-1])
     return cut(np.stack(frames), vision, _pair_seconds(range(count), LIST_FPS))
@@ -303,7 +304,10 @@ def _decode(
 def _stream(container: av.container.InputContainer, source: VideoSource) -> av.VideoStream:
     if not container.streams.video:
         raise InputError("unreadable", f"{describe(source)} has no video in it")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise InputError("unreadable", f"{describe(source)} is in a format without a decoder")
+    return stream
 
 
 def _check_whole(container: av.container.InputContainer, end: float, source: VideoSource) -> None:

@@ -25,7 +25,8 @@ preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc
     cd "$out"
     export PYTHONPATH=. LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
     "$python" -c "from qvlfast import _C; assert 'sanitize' in _C.__file__, _C.__file__"
-    "$python" -m pytest -q -c /dev/null --rootdir=. -p no:cacheprovider test_native.py
+    # capture=sys: the sanitizers write to the file descriptor, and pytest would keep that.
+    "$python" -m pytest -q --capture=sys -c /dev/null --rootdir=. -p no:cacheprovider test_native.py
 )
 
 echo "== thread sanitizer"

@@ -100,13 +100,14 @@ def test_segments_see_nothing_of_each_other() -> None:
 
 def test_long_segments_are_worked_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(4)
-    forest = Forest.plain([40, 33])
+    cu = np.array([0, 40, 73], dtype=np.int32)
+    forest = Forest(cu, cu, np.array([-1, 0], dtype=np.int32))
     q, k, v = random_qkv(rng, forest, 4, 2, 64)
     whole = Ops.attention(q, k, v, forest, causal=True, scale=0.125)
     # The package names the function `attention` too, so the module is fetched by its name.
     import sys
 
-    monkeypatch.setattr(sys.modules["qvlfast.ops.attention"], "_CHUNK_SCORES", 500)
+    monkeypatch.setattr(sys.modules["qvlfast.ops.attention"], "_CHUNK_ROWS", 7)
     chunked = Ops.attention(q, k, v, forest, causal=True, scale=0.125)
     torch.testing.assert_close(chunked, whole, atol=2e-6, rtol=0)
 

@@ -56,7 +56,7 @@ def imports_of(file: Path, source: str) -> Iterator[Import]:
             "import_module",
             "__import__",
         ):
-            names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
+            names = [str(a.value) for a in node.args[:1] if isinstance(a, ast.Constant)]
         for name in names:
             yield Import(file, getattr(node, "lineno", 0), name, lazy, typing_only)
         lazy = lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))

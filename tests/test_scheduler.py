@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from qvlfast.scheduler import Budget, Scheduler
 
 costs = st.lists(
-    st.tuples(
-        st.integers(1, 60), st.integers(0, 60), st.one_of(st.none(), st.integers(1, 60))
-    ),
+    st.tuples(st.integers(1, 60), st.integers(0, 60), st.one_of(st.none(), st.integers(1, 60))),
     max_size=40,
 )
 

@@ -24,8 +24,9 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Vectors ``[R, hidden_size]`` or scores ``[R]``, float32, in the order of ``batch.read``."""
-        visual, deepstack = None, []
+        """Vectors ``[R, hidden_size]`` or scores ``[R]`` of ``batch.read``, float32."""
+        visual: Tensor | None = None
+        deepstack: list[Tensor] = []
         if batch.vision is not None:
             visual, deepstack = vision_forward(
                 self.ops, self.weights.vision, self.config.vision, batch.vision

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-_CHUNK_SCORES = 1 << 24
+# Queries a mask is made for at once.
+_CHUNK_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -103,23 +104,44 @@ def attention(
         keys = torch.cat([k[span] for span in spans]).to(wide).transpose(0, 1)
         values = torch.cat([v[span] for span in spans]).to(wide).transpose(0, 1)
         total = keys.shape[1]
+        if not causal:
+            out[row:stop] = _attend(q[row:stop], keys, values, scale)
+            continue
         # Keys are in the order of the sequence and queries are its last tokens, so what a query
         # sees is a prefix of the keys.
         visible = place + (total - (last - first)) + 1
-        chunk = max(1, _CHUNK_SCORES // (total * q.shape[1]))
-        for start in range(row, stop, chunk):
-            end = min(start + chunk, stop)
-            mask = None
-            if causal:
-                seen = torch.from_numpy(visible[start - row : end - row]).to(q.device)
-                mask = torch.arange(total, device=q.device) < seen[:, None]
-            part = F.scaled_dot_product_attention(
-                q[start:end].to(wide).transpose(0, 1)[None],
-                keys[None],
-                values[None],
-                attn_mask=mask,
-                scale=scale,
-                enable_gqa=True,
-            )
-            out[start:end] = part[0].transpose(0, 1).to(q.dtype)
+        if visible[0] == 1 and visible[-1] == total == stop - row:
+            out[row:stop] = _attend(q[row:stop], keys, values, scale, is_causal=True)
+            continue
+        for start in range(0, stop - row, _CHUNK_ROWS):
+            seen = torch.from_numpy(visible[start : start + _CHUNK_ROWS]).to(q.device)
+            most = int(visible[: start + _CHUNK_ROWS][-1])
+            rows = slice(row + start, row + start + len(seen))
+            mask = torch.arange(most, device=q.device) < seen[:, None]
+            out[rows] = _attend(q[rows], keys[:, :most], values[:, :most], scale, mask=mask)
     return out
+
+
+def _attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """One segment's attention; keys and values ``[Hk, Lk, D]``, the rest as in :func:`attention`.
+
+    torch computes it block by block, so no square of scores exists.
+    """
+    attended = F.scaled_dot_product_attention(
+        q.to(keys.dtype).transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return attended[0].transpose(0, 1).to(q.dtype)

@@ -1,0 +1,256 @@
+"""What a user of ``Embedder`` sees."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qvlfast import (
+    BackendError,
+    BatchError,
+    Embedder,
+    Encoded,
+    InputError,
+    TruncationWarning,
+)
+from tests.samples import picture
+
+TEXTS = ["one", "two words", "three little words"]
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_checkpoint: Path) -> Iterator[Embedder]:
+    with Embedder.from_pretrained(tiny_checkpoint) as made:
+        yield made
+
+
+def test_shapes_and_unit_length(embedder: Embedder) -> None:
+    vectors = embedder.encode(TEXTS)
+    assert vectors.shape == (3, embedder.dimensions) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert embedder.encode("one").shape == (embedder.dimensions,)
+    assert embedder.encode(["one"]).shape == (1, embedder.dimensions)
+    assert embedder.encode([]).shape == (0, embedder.dimensions)
+    assert embedder.encode(text for text in TEXTS).shape == (3, embedder.dimensions)
+    np.testing.assert_allclose(vectors[0], embedder.encode("one"), atol=1e-6)
+
+
+def test_every_form_of_one_picture_is_one_vector(embedder: Embedder, tmp_path: Path) -> None:
+    image = picture(70, 50)
+    path = tmp_path / "a b.png"
+    image.save(path)
+    forms = [image, {"image": image}, {"image": str(path)}, {"image": path}]
+    forms += [{"image": path.read_bytes()}, {"image": path.as_uri()}, {"image": [image]}]
+    forms += [np.asarray(image)]
+    vectors = embedder.encode(forms)
+    assert np.abs(vectors - vectors[0]).max() < 1e-6
+    assert embedder.encode(image).shape == embedder.encode(np.asarray(image)).shape
+    assert embedder.encode(image).ndim == 1
+
+
+def test_matryoshka(embedder: Embedder) -> None:
+    full, raw = embedder.encode(TEXTS), embedder.encode(TEXTS, normalize=False)
+    short = embedder.encode(TEXTS, dimensions=16)
+    expected = full[:, :16] / np.linalg.norm(full[:, :16], axis=1, keepdims=True)
+    np.testing.assert_allclose(short, expected, atol=1e-6)
+    assert np.abs(np.linalg.norm(raw, axis=1) - 1).min() > 0.1
+    for bad in (0, -1, embedder.dimensions + 1):
+        with pytest.raises(ValueError, match=f"dimensions is {bad}"):
+            embedder.encode(TEXTS, dimensions=bad)
+
+
+def test_vector_types(embedder: Embedder) -> None:
+    d = embedder.dimensions
+    for output, dtype, width in [
+        ("int8", np.int8, d),
+        ("uint8", np.uint8, d),
+        ("binary", np.int8, d // 8),
+        ("ubinary", np.uint8, d // 8),
+    ]:
+        encoded = embedder.encode(TEXTS, output=output, details=True)
+        assert encoded.vectors.dtype == dtype and encoded.vectors.shape == (3, width)
+        assert (encoded.scales is not None) == ("int8" in output)
+        same = embedder.similarity(encoded.vectors, encoded.vectors, output)
+        np.testing.assert_allclose(np.diag(same), 1, atol=1e-5)
+
+
+def test_instructions(embedder: Embedder) -> None:
+    default = embedder.encode("a")
+    task = embedder.encode("a", "Find pictures")
+    assert np.abs(default - task).max() > 1e-3
+    own = embedder.encode({"text": "a", "instruction": "Find pictures"}, "Something else")
+    np.testing.assert_allclose(own, task, atol=1e-6)
+    for method in (embedder.encode_query, embedder.encode_document):
+        np.testing.assert_allclose(method("a", instruction="Find pictures"), task, atol=1e-6)
+        np.testing.assert_allclose(method(["a"])[0], default, atol=1e-6)
+    np.testing.assert_allclose(embedder.encode("a", "Represent the user's input."), default)
+
+
+def test_default_instruction_of_a_model(tiny_checkpoint: Path, embedder: Embedder) -> None:
+    task = "Find pictures"
+    with Embedder.from_pretrained(tiny_checkpoint, default_instruction=task) as other:
+        np.testing.assert_allclose(other.encode("a"), embedder.encode("a", task), atol=1e-6)
+
+
+def test_torch_and_the_official_method(embedder: Embedder) -> None:
+    assert isinstance(embedder.encode("a", convert_to="torch"), torch.Tensor)
+    vectors = embedder.process([{"text": "a"}, {"text": "b", "instruction": "c"}])
+    assert vectors.shape == (2, embedder.dimensions) and vectors.dtype == torch.float32
+    np.testing.assert_allclose(vectors[0].numpy(), embedder.encode("a"), atol=1e-6)
+
+
+def test_details(embedder: Embedder) -> None:
+    encoded = embedder.encode(["a", {"image": picture(64, 96)}, {}], details=True)
+    assert isinstance(encoded, Encoded) and encoded.errors == {} and encoded.scales is None
+    tokens = [u.tokens for u in encoded.usage if u]
+    visual = [u.visual_tokens for u in encoded.usage if u]
+    assert visual == [0, 6, 0] and tokens[1] > tokens[0] > 10
+
+
+def test_truncation_is_reported_and_warned_about_once(tiny_checkpoint: Path) -> None:
+    with Embedder.from_pretrained(tiny_checkpoint, max_length=40) as embedder:
+        items = ["short", "long text " * 100, "long text " * 50]
+        with pytest.warns(TruncationWarning, match=r"2 of 3 .*first is item 1") as caught:
+            encoded = embedder.encode(items, details=True)
+        assert len(caught) == 1
+        lost = [u.truncated_tokens for u in encoded.usage]
+        assert lost[0] == 0 and lost[1] > lost[2] > 0
+        assert all(u.tokens <= 40 for u in encoded.usage)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            embedder.encode("short")
+    with Embedder.from_pretrained(tiny_checkpoint, max_length=40, truncate=False) as embedder:
+        with pytest.raises(BatchError) as caught_error:
+            embedder.encode(items)
+        assert set(caught_error.value.errors) == {1, 2}
+        assert "40" in str(caught_error.value.errors[1])
+
+
+def test_errors_raise_after_the_good_items_are_done(embedder: Embedder) -> None:
+    items = ["one", {"image": "nowhere.png"}, "two words", 7]
+    with pytest.raises(BatchError, match="2 items failed") as caught:
+        embedder.encode(items)
+    results, errors = caught.value.results, caught.value.errors
+    assert [errors[i].code for i in sorted(errors)] == ["not_found", "invalid_type"]
+    assert np.isnan(results[[1, 3]]).all()
+    np.testing.assert_allclose(results[[0, 2]], embedder.encode(TEXTS[:2]), atol=1e-6)
+    encoded = embedder.encode(items, on_error="return")
+    assert set(encoded.errors) == {1, 3} and encoded.usage[1] is None
+    np.testing.assert_array_equal(encoded.vectors, results)
+
+
+def test_a_single_bad_input_raises_its_own_error(embedder: Embedder) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.png"):
+        embedder.encode({"image": "nowhere.png"})
+    encoded = embedder.encode({"image": "nowhere.png"}, on_error="return")
+    assert np.isnan(encoded.vectors).all() and encoded.errors[0].code == "not_found"
+
+
+def test_iterating_keeps_order_and_reads_a_bounded_distance_ahead(embedder: Embedder) -> None:
+    read = itertools.count()
+    texts = (f"text {next(read)}" for _ in itertools.repeat(None))
+    stream = embedder.encode_iter(texts, dimensions=32)
+    some = [next(stream) for _ in range(20)]
+    stream.close()
+    assert next(read) < 1000
+    expected = embedder.encode([f"text {i}" for i in range(20)], dimensions=32)
+    np.testing.assert_allclose(np.stack(some), expected, atol=1e-6)
+
+
+def test_iterating_over_errors(embedder: Embedder) -> None:
+    items: list[Any] = ["a", 5, "b"]
+    found = list(embedder.encode_iter(items, on_error="return"))
+    assert isinstance(found[1], InputError) and found[0].shape == found[2].shape
+    stream = embedder.encode_iter(items)
+    next(stream)
+    with pytest.raises(InputError, match="int"):
+        next(stream)
+
+
+def test_an_iterable_that_fails_leaves_a_usable_object(embedder: Embedder) -> None:
+    def broken() -> Iterator[str]:
+        yield "a"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(embedder.encode_iter(broken()))
+    assert embedder.encode("a").shape == (embedder.dimensions,)
+
+
+def test_many_threads_get_their_own_vectors(embedder: Embedder) -> None:
+    expected = embedder.encode([f"thread {i}" for i in range(8)])
+    wrong: list[int] = []
+
+    def client(i: int) -> None:
+        for _ in range(5):
+            got = embedder.encode([f"thread {i}", {"image": picture(40 + i, 40)}])
+            if np.abs(got[0] - expected[i]).max() > 1e-5:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_non_finite_results_are_errors(tiny_checkpoint: Path) -> None:
+    with Embedder.from_pretrained(tiny_checkpoint) as embedder:
+        norm = embedder._runtime.engine.model.weights.text.norm
+        with torch.inference_mode():
+            broken = norm.clone().fill_(torch.nan)
+        object.__setattr__(embedder._runtime.engine.model.weights.text, "norm", broken)
+        with pytest.raises(InputError, match="NaN or infinity") as caught:
+            embedder.encode("a")
+        assert caught.value.code == "non_finite"
+
+
+def test_closing(tiny_checkpoint: Path) -> None:
+    before = threading.active_count()
+    with Embedder.from_pretrained(tiny_checkpoint) as embedder:
+        embedder.encode("a")
+    assert threading.active_count() == before
+    with pytest.raises(BackendError, match="was closed"):
+        embedder.encode("a")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"device": "tpu"}, BackendError, "'tpu'"),
+        ({"device": "cuda:99"}, BackendError, "cuda:99"),
+        ({"device": "meta"}, BackendError, "not supported"),
+        ({"backend": "fast"}, BackendError, "'fast' is unknown"),
+        ({"dtype": "int3"}, ValueError, "'int3' is not supported"),
+        ({"max_length": 0}, ValueError, "max_length is 0"),
+        ({"min_pixels": 9, "max_pixels": 3}, ValueError, "min_pixels"),
+        ({"fps": 0}, ValueError, "fps"),
+        ({"max_frames": 1}, ValueError, "max_frames"),
+        ({"batch_tokens": 0}, ValueError, "must be positive"),
+        ({"allow_media_domains": "example.org"}, ValueError, "use a list of hosts"),
+        ({"quantisation": "int8"}, TypeError, "quantisation"),
+    ],
+)
+def test_bad_options_are_named(tiny_checkpoint: Path, options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        Embedder.from_pretrained(tiny_checkpoint, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"output": "int4"}, {"on_error": "ignore"}, {"convert_to": "jax"}]
+)
+def test_bad_choices_are_named(embedder: Embedder, options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} is '{value}'"):
+        embedder.encode("a", **options)
+    with pytest.raises(TypeError):
+        embedder.encode("a", unknown=1)
