@@ -4,7 +4,7 @@
 # make format  rewrite Python and C++ in the project's style
 #
 # torch is asked for by name, wherever pip looks. Where that is PyPI, its build for CUDA is large;
-# the CPU build: make test TORCH_ARGS="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# TORCH_ARGS goes to pip as it is, so that it can name another build, index or file.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -207,7 +207,7 @@ def _vision_config(reader: _Reader) -> VisionConfig:
     bad = [i for i in config.deepstack_layers if not 0 <= i < config.depth]
     if bad:
         raise CheckpointError(
-            f"{reader.where}: deepstack_visual_indexes {bad} are not among the {config.depth} blocks"
+            f"{reader.where}: deepstack_visual_indexes {bad} are not among {config.depth} blocks"
         )
     return config
 

@@ -17,7 +17,16 @@ from .engine import Answer, Usage
 from .errors import BatchError
 from .inputs import parse_item
 from .prompt import Prompt
-from .runtime import Encoded, InputOptions, OnError, Runtime, check_choice, warn_if_truncated
+from .runtime import (
+    EMPTY,
+    UNLIMITED,
+    Encoded,
+    InputOptions,
+    OnError,
+    Runtime,
+    check_choice,
+    warn_if_truncated,
+)
 from .vectors import VECTOR_TYPES, VectorType, convert, cut, similarity
 
 
@@ -111,6 +120,11 @@ class Embedder:
     def dimensions(self) -> int:
         """Length of a full vector."""
         return self._runtime.config.text.hidden_size
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs the model."""
+        return self._runtime.engine.model.ops.name
 
     def encode(
         self,
@@ -245,10 +259,10 @@ class Embedder:
     def _prepare(self, value: Any, instruction: str | None) -> Prompt:
         options = self._runtime.options
         item = parse_item(value)
-        media = self._runtime.load_media(item)
-        return self._runtime.prompter.embed(
-            item, media, options.max_length, options.truncate, item.instruction or instruction
-        )
+        instruction = item.instruction or instruction
+        embed = partial(self._runtime.prompter.embed, instruction=instruction)
+        media = self._runtime.load_media(item, lambda: embed(EMPTY, (), UNLIMITED))
+        return embed(item, media, options.max_length, options.truncate)
 
     def _check_choices(
         self, dimensions: int | None, output: str, convert_to: str, on_error: str

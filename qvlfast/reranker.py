@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,16 @@ from .errors import BatchError, InputError
 from .inputs import Item, parse_item
 from .pixels import Patches
 from .prompt import Prompt
-from .runtime import Encoded, InputOptions, OnError, Runtime, check_choice, warn_if_truncated
+from .runtime import (
+    EMPTY,
+    UNLIMITED,
+    Encoded,
+    InputOptions,
+    OnError,
+    Runtime,
+    check_choice,
+    warn_if_truncated,
+)
 
 _PROCESS_KEYS = ("instruction", "query", "documents", "fps", "max_frames")
 
@@ -128,7 +138,7 @@ class Reranker:
         if _is_empty(query) or not documents:
             return []
         query_item = parse_item(query)
-        query_media = self._runtime.load_media(query_item)
+        query_media = self._query_media(query_item, instruction)
         requests = (
             partial(self._prepare, query_item, query_media, document, instruction)
             for document in documents
@@ -250,7 +260,34 @@ class Reranker:
                 "invalid_type", f"a pair is {type(pair).__name__}, expected (query, document)"
             )
         query = parse_item(pair[0])
-        return self._prepare(query, self._runtime.load_media(query), pair[1], instruction)
+        return self._prepare(query, self._query_media(query, instruction), pair[1], instruction)
+
+    def _query_media(self, query: Item, instruction: str | None) -> list[Patches]:
+        instruction = self._instruction(query, instruction)
+        rest = partial(self._prompt, EMPTY, (), EMPTY, (), instruction, UNLIMITED)
+        return self._runtime.load_media(query, rest)
+
+    def _instruction(self, query: Item, instruction: str | None) -> str | None:
+        return query.instruction or instruction or self._default_instruction
+
+    def _prompt(
+        self,
+        query: Item,
+        query_media: Sequence[Patches],
+        document: Item,
+        document_media: Sequence[Patches],
+        instruction: str | None,
+        max_length: int,
+    ) -> Prompt:
+        return self._runtime.prompter.rerank(
+            query,
+            query_media,
+            document,
+            document_media,
+            max_length,
+            self._runtime.options.truncate,
+            instruction,
+        )
 
     def _prepare(
         self, query: Item, query_media: list[Patches], document: Any, instruction: str | None
@@ -260,16 +297,12 @@ class Reranker:
             raise InputError(
                 "invalid_value", "a document has no instruction: give it to the call or the query"
             )
-        options = self._runtime.options
-        return self._runtime.prompter.rerank(
-            query,
-            query_media,
-            item,
-            self._runtime.load_media(item, beside=query_media),
-            options.max_length,
-            options.truncate,
-            query.instruction or instruction or self._default_instruction,
-        )
+        instruction = self._instruction(query, instruction)
+        bare = replace(query, texts=("",))
+        rest = partial(self._prompt, bare, query_media, EMPTY, (), instruction, UNLIMITED)
+        media = self._runtime.load_media(item, rest)
+        max_length = self._runtime.options.max_length
+        return self._prompt(query, query_media, item, media, instruction, max_length)
 
 
 def _is_empty(query: Any) -> bool:

@@ -39,8 +39,9 @@ DTYPES = {
 # endless input stays in bounded memory.
 _WINDOW = 256
 
-# What a video leaves for the template and an instruction when it is fitted into max_length.
-_TEMPLATE_TOKENS = 128
+# In place of max_length: a prompt that is made only to be measured is never too long.
+UNLIMITED = 1 << 30
+EMPTY = Item(texts=("",))
 
 
 OnError = Literal["raise", "return"]
@@ -176,15 +177,15 @@ class Runtime:
         engine = Engine(Model(config, weights, ops), torch_device, budget)
         return cls(config, prompter, engine, options)
 
-    def load_media(self, item: Item, beside: Sequence[Patches] = ()) -> list[Patches]:
+    def load_media(self, item: Item, rest: Callable[[], Prompt]) -> list[Patches]:
         """Decode and cut the videos, then the images, of an input.
 
         Args:
-            beside: other media of the same prompt, whose tokens count against its length.
+            rest: makes the prompt without this input's media and text; a long video is fitted
+                into what that leaves of ``max_length``.
         """
         options = self.options
-        taken = _TEMPLATE_TOKENS + sum(m.num_tokens for m in beside)
-        budget = options.max_length - taken
+        budget = options.max_length - len(rest().ids) if item.videos else None
         return item_patches(item, self.config.vision, options.limits, options.policy, budget)
 
     def run(

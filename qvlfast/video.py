@@ -79,7 +79,7 @@ def item_patches(
     videos: list[Patches] = []
     for source in item.videos:
         if token_budget is not None:
-            left = token_budget - sum(m.num_tokens for m in (*images, *videos))
+            left = token_budget - sum(m.num_tokens + 2 for m in (*images, *videos))
         videos.append(
             video_patches(source, vision, limits, policy, item.fps, item.max_frames, left)
         )
@@ -101,9 +101,9 @@ def video_patches(
         source: a file, or the frames themselves.
         fps, max_frames: of a file, where they differ from ``limits``. A list has no rate of its
             own, and the reference lets its caller choose no other maximum either.
-        token_budget: the tokens that the video may take, those that separate its frames
-            included. A file that would take more gets ``limits.video_total_pixels`` too, which
-            holds for lists always, and the result says ``reduced``.
+        token_budget: the tokens that the video may take, those of the times and markers of
+            its frames included. A file that would take more gets ``limits.video_total_pixels``
+            too, which holds for lists always, and the result says ``reduced``.
 
     Raises:
         InputError: the file cannot be read or decoded, has fewer than two frames or too many of
@@ -218,9 +218,13 @@ def _plan(
         limit = frame_limit(count, total_pixels)
         return target_size(header.height, header.width, factor, FRAME_MIN_PIXELS, limit)
 
+    # torch's float32 arithmetic decides which way halves are rounded.
+    indices = torch.linspace(0, header.frames - 1, count).round().long().tolist()
+    # `<12.5 seconds>` takes a token a character but for the word; two markers follow it.
+    beside = sum(len(f"<{s:.1f}>") + 3 for s in _pair_seconds(indices, header.fps))
+
     def tokens(height: int, width: int) -> int:
-        # A frame pair stands between two markers; its time is counted by the prompt.
-        return count // 2 * (height * width // factor**2 + 2)
+        return count // 2 * (height * width // factor**2) + beside
 
     height, width = size(FILE_TOTAL_PIXELS)
     reduced = False
@@ -235,8 +239,6 @@ def _plan(
                 f"{width}x{height} pixels), more than the {token_budget} that are left of the "
                 "length limit: lower `fps` or `max_frames`, or raise the limit",
             )
-    # torch's float32 arithmetic decides which way halves are rounded.
-    indices = torch.linspace(0, header.frames - 1, count).round().long().tolist()
     return _Plan(tuple(indices), height, width, reduced)
 
 
@@ -246,6 +248,8 @@ def _scan(file: BinaryIO, source: VideoSource, policy: MediaPolicy) -> _Header:
         with av.open(file, mode="r", options=_OPTIONS) as container:
             stream = _stream(container, source)
             context = stream.codec_context
+            if context.width < 1 or context.height < 1:
+                raise InputError("unreadable", f"{describe(source)} has frames of no size")
             check_pixels(context.width, context.height, policy, source)
             count = 0
             end = 0.0  # seconds

@@ -74,7 +74,10 @@ def truncated_video(tmp: Path) -> Any:
 
 ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "corrupt JPEG": (corrupt_jpeg, "unreadable"),
-    "truncated PNG": (lambda t: {"image": saved(picture(64, 64), format="PNG")[:300]}, "unreadable"),
+    "truncated PNG": (
+        lambda t: {"image": saved(picture(64, 64), format="PNG")[:300]},
+        "unreadable",
+    ),
     "0-byte file": (empty_file, "unreadable"),
     "no bytes": (lambda t: {"image": b""}, "unreadable"),
     "text named .png": (text_file, "unreadable"),

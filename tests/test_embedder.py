@@ -6,6 +6,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from qvlfast import (
     InputError,
     TruncationWarning,
 )
-from tests.samples import picture
+from tests.samples import Film, picture, write_film
 
 TEXTS = ["one", "two words", "three little words"]
 
@@ -144,7 +145,7 @@ def test_errors_raise_after_the_good_items_are_done(embedder: Embedder) -> None:
     np.testing.assert_allclose(results[[0, 2]], embedder.encode(TEXTS[:2]), atol=1e-6)
     encoded = embedder.encode(items, on_error="return")
     assert set(encoded.errors) == {1, 3} and encoded.usage[1] is None
-    np.testing.assert_array_equal(encoded.vectors, results)
+    np.testing.assert_allclose(encoded.vectors, results, atol=1e-6)
 
 
 def test_a_single_bad_input_raises_its_own_error(embedder: Embedder) -> None:
@@ -254,3 +255,26 @@ def test_bad_choices_are_named(embedder: Embedder, options: dict[str, Any]) -> N
         embedder.encode("a", **options)
     with pytest.raises(TypeError):
         embedder.encode("a", unknown=1)
+
+
+def test_a_long_video_is_fitted_to_the_length_limit_and_says_so(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "film.mp4"
+    write_film(path, Film(width=512, height=512, count=32, fps=Fraction(8)))
+    item = {"video": path, "text": "some words", "max_frames": 16, "fps": 4.0}
+    small = {"max_length": 100_000, "total_pixels": 16 * 150_000 // 2}
+    with Embedder.from_pretrained(tiny_checkpoint, **small) as embedder:
+        usage = embedder.encode(item, details=True).usage[0]
+        bare = len(embedder._prepare({**item, "text": ""}, None).ids)
+        assert not usage.video_reduced
+    with Embedder.from_pretrained(tiny_checkpoint, **{**small, "max_length": bare}) as embedder:
+        with pytest.warns(TruncationWarning):
+            exact = embedder.encode(item, details=True).usage[0]
+        assert not exact.video_reduced and exact.truncated_tokens > 0
+        assert exact.visual_tokens == usage.visual_tokens
+    limit = {**small, "max_length": bare - 1}
+    with Embedder.from_pretrained(tiny_checkpoint, **limit) as embedder:
+        reduced = embedder.encode(item, details=True).usage[0]
+        assert reduced.video_reduced and reduced.truncated_tokens == 0
+        assert reduced.visual_tokens < usage.visual_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,7 @@ def hidden(model: Model, batch: Batch) -> torch.Tensor:
 def segments(whole: Prompt, cuts: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
     """ids and positions of a prompt, cut at token indices."""
     bounds = [0, *cuts, len(whole.ids)]
-    return [
-        (whole.ids[a:b], whole.positions[:, a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [(whole.ids[a:b], whole.positions[:, a:b]) for a, b in pairwise(bounds)]
 
 
 def join(pieces: Sequence[tuple[np.ndarray, np.ndarray]], parent: list[int], read: list[int]):

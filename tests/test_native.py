@@ -49,7 +49,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     frames=st.sampled_from([1, 2, 4, 6, 12]),
     rows=st.integers(1, 5),

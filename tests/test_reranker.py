@@ -109,9 +109,11 @@ def test_bad_pairs(reranker: Reranker, pair: Any) -> None:
 
 
 def test_truncation_cuts_the_document(tiny_checkpoint: Path) -> None:
-    with Reranker.from_pretrained(tiny_checkpoint, max_length=120) as reranker:
-        with pytest.warns(TruncationWarning, match="1 of 2"):
-            reranker.rank("query", ["short", "long " * 500])
+    with (
+        Reranker.from_pretrained(tiny_checkpoint, max_length=120) as reranker,
+        pytest.warns(TruncationWarning, match="1 of 2"),
+    ):
+        reranker.rank("query", ["short", "long " * 500])
     with (
         Reranker.from_pretrained(tiny_checkpoint, max_length=20) as reranker,
         pytest.raises(InputError, match="max_length 20"),

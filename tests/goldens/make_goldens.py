@@ -35,7 +35,7 @@ import numpy as np
 
 os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
 
-from qwen_vl_utils.vision_process import process_vision_info
+from qwen_vl_utils.vision_process import process_vision_info  # type: ignore[import-not-found]
 from transformers import Qwen3VLProcessor
 
 from benchmarks.checkpoints import write_processor
