@@ -132,16 +132,26 @@ class Engine:
 
     def close(self) -> None:
         """Answer what was accepted, then stop. Calling it again does nothing."""
+        thread = self._thread
+        self.stop(wait=True)
+        if thread is not None:
+            thread.join()
+
+    def stop(self, wait: bool = False) -> None:
+        """Stop the threads once the queue is empty.
+
+        Args:
+            wait: first wait for requests that are still being prepared; without it there must
+                be none.
+        """
         with self._start_lock:
             self._closed = True
-            host, thread = self._host, self._thread
-            self._host = self._thread = None
-        if host is not None and thread is not None:
-            host.shutdown(wait=True)
-            with self._wake:
-                self._stopping = True
-                self._wake.notify_all()
-            thread.join()
+            host, self._host, self._thread = self._host, None, None
+        if host is not None:
+            host.shutdown(wait=wait)
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
 
     def _prepare(self, job: _Job) -> None:
         with self._wake:
@@ -167,13 +177,18 @@ class Engine:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: len(self._scheduler) or self._stopping)
-                jobs = self._scheduler.pop_batch()
-                self._wake.notify_all()
-            if not jobs:
-                return
-            running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            if running:
-                self._run(running)
+                if not len(self._scheduler):
+                    return
+            self._step()
+
+    def _step(self) -> None:
+        """Run one batch. A waiting thread keeps nothing of the last one alive."""
+        with self._wake:
+            jobs = self._scheduler.pop_batch()
+            self._wake.notify_all()
+        running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+        if running:
+            self._run(running)
 
     def _run(self, jobs: Sequence[_Job]) -> None:
         """Run a batch; if it fails, halve it until the failing request stands alone."""

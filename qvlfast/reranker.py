@@ -251,7 +251,7 @@ class Reranker:
                 usage[index] = outcome.usage
             else:
                 errors[index] = outcome
-        warn_if_truncated(usage)
+        warn_if_truncated(usage, stacklevel=4)
         return Encoded(scores, usage, errors)
 
     def _prepare_pair(self, pair: Any, instruction: str | None) -> Prompt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -109,7 +110,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
 
 
-def warn_if_truncated(usage: Sequence[Usage | None]) -> None:
+def warn_if_truncated(usage: Sequence[Usage | None], stacklevel: int = 3) -> None:
     """Warn once about all items of a call that lost text."""
     short = [i for i, u in enumerate(usage) if u is not None and u.truncated_tokens]
     if short:
@@ -118,7 +119,7 @@ def warn_if_truncated(usage: Sequence[Usage | None]) -> None:
             f"their end (the first is item {short[0]}); details=True says how much, "
             "truncate=False makes it an error",
             TruncationWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -141,6 +142,9 @@ class Runtime:
         self.prompter = prompter
         self.engine = engine
         self.options = options
+        # The engine's thread keeps the model alive. Requests hold on to this object, so when it is
+        # dropped without close() none is left, and the thread can end.
+        weakref.finalize(self, engine.stop).atexit = False
 
     @classmethod
     def load(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
+import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -222,6 +225,20 @@ def test_closing(tiny_checkpoint: Path) -> None:
     assert threading.active_count() == before
     with pytest.raises(BackendError, match="was closed"):
         embedder.encode("a")
+
+
+def test_dropping_it_frees_the_model(tiny_checkpoint: Path) -> None:
+    before = threading.active_count()
+    embedder = Embedder.from_pretrained(tiny_checkpoint)
+    embedder.encode(TEXTS)
+    model = weakref.ref(embedder._runtime.engine.model)
+    del embedder
+    for _ in range(100):
+        gc.collect()
+        if model() is None and threading.active_count() == before:
+            return
+        time.sleep(0.05)
+    pytest.fail("the model or its threads outlive the Embedder")
 
 
 @pytest.mark.parametrize(
