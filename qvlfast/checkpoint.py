@@ -32,6 +32,8 @@ def locate(
         CheckpointError: neither a folder nor a reachable hub id.
     """
     name = os.fspath(model)
+    if not name:
+        raise CheckpointError("the name of the model is empty: give a folder or a hub id")
     path = Path(name).expanduser()
     if path.is_dir():
         return path

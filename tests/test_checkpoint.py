@@ -246,6 +246,8 @@ def test_pickled_weights_are_refused_with_advice(copy: Path) -> None:
 
 def test_where_a_model_can_be(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert locate(tiny_checkpoint) == tiny_checkpoint
+    with pytest.raises(CheckpointError, match="is empty"):
+        locate("")
     with pytest.raises(CheckpointError, match="is a file: give the folder"):
         locate(tiny_checkpoint / "config.json")
     with pytest.raises(CheckpointError, match="does not exist"):
