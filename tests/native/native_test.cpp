@@ -139,7 +139,7 @@ void test_sleeping_workers_wake() {
 
 void test_fork() {
 // Neither the thread sanitizer nor qemu-user 7 follows threads that a child of a fork starts; the
-// latter dies of an assertion of its own (cpu == current_cpu). Nothing here depends on the processor.
+// latter dies of an assertion of its own. Nothing here depends on the processor.
 #if !defined(__SANITIZE_THREAD__) && !defined(UNDER_QEMU)
   qvlfast::set_num_threads(3);
   check_pieces(64, 1);
