@@ -1,0 +1,41 @@
+"""The demo and the benchmarks run, and say what they should; their figures are not judged."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_demo() -> None:
+    shown = run("benchmarks.demo")
+    for part in ("tokens", "cosine of each query", "scores for", "astronaut", "video", "letter"):
+        assert part in shown
+    scores = [line.split()[-1] for line in shown.split("scores for")[1].splitlines()[1:10]]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.slow
+def test_whole_calls_against_transformers(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.csv"
+    command = ["benchmarks.cpu", "--shape", "tiny", "--dtype", "float32", "--rounds", "1"]
+    for case in ("1x32", "picture 512"):
+        run(*command, "--only", case, "--out", str(out))
+    rows = list(csv.DictReader(out.open()))
+    assert [row["case"] for row in rows] == ["text 1x32", "picture 512"]
+    assert rows[0]["tokens"] == "32"
+    assert all(float(row["distance"]) < 1e-4 for row in rows)
