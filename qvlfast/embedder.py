@@ -64,6 +64,7 @@ class Embedder:
         allow_media_domains: Sequence[str] = (),
         batch_tokens: int = 16_384,
         batch_patches: int = 16_384,
+        share_prefixes: bool = True,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> Embedder:
@@ -86,6 +87,8 @@ class Embedder:
             allow_media_domains: hosts that media may be fetched from; a leading dot admits
                 subdomains. Empty: no URL is ever fetched.
             batch_tokens, batch_patches: the most one forward pass holds.
+            share_prefixes: compute common beginnings, equal inputs and equal pictures of a batch
+                once; vectors are the same to rounding.
             revision: branch, tag or commit, for a hub id.
             local_files_only: never download.
 
@@ -111,6 +114,7 @@ class Embedder:
             backend=backend,
             batch_tokens=batch_tokens,
             batch_patches=batch_patches,
+            share_prefixes=share_prefixes,
             revision=revision,
             local_files_only=local_files_only,
         )

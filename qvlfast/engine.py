@@ -84,15 +84,23 @@ class Engine:
         model: the network.
         device: where its weights are.
         budget: the most one batch may hold.
+        share_prefixes: compute what requests of a batch have in common once.
         host_threads: threads that prepare requests; None means one for each usable core.
     """
 
     def __init__(
-        self, model: Model, device: torch.device, budget: Budget, host_threads: int | None = None
+        self,
+        model: Model,
+        device: torch.device,
+        budget: Budget,
+        *,
+        share_prefixes: bool = True,
+        host_threads: int | None = None,
     ) -> None:
         self.model = model
         self._device = device
         self._budget = budget
+        self._share_prefixes = share_prefixes
         self._host_threads = host_threads or _C.num_threads()
         self._closed = False
         self._reset()
@@ -163,6 +171,9 @@ class Engine:
         except BaseException as error:
             _fail(job, error)
             return
+        if self._share_prefixes:
+            for media in job.prompt.media:
+                _ = media.digest  # computed here, where it does not hold up the model
         patches = sum(len(m.pixels) for m in job.prompt.media)
         with self._wake:
             self._scheduler.push(
@@ -195,7 +206,8 @@ class Engine:
         prompts = [job.prompt for job in jobs if job.prompt is not None]
         try:
             merge = self.model.config.vision.spatial_merge_size
-            values = self.model.forward(pack(prompts, merge, self._device)).cpu().numpy()
+            packed = pack(prompts, merge, self._device, share=self._share_prefixes)
+            values = self.model.forward(packed.batch).cpu().numpy()[packed.rows]
         except BaseException as error:
             if len(jobs) == 1:
                 _fail(jobs[0], error)

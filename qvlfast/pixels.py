@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import PIL.Image
@@ -62,6 +64,13 @@ class Patches:
     is_video: bool = False
     seconds: tuple[float, ...] = ()
     reduced: bool = False
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A cryptographic hash of the pixels and their grid: equal for equal media only."""
+        shape = repr((self.grid, self.is_video, self.pixels.shape)).encode()
+        pixels = np.ascontiguousarray(self.pixels).data
+        return hashlib.blake2b(pixels, digest_size=32).digest() + shape
 
 
 def target_size(

@@ -64,6 +64,7 @@ class Reranker:
         allow_media_domains: Sequence[str] = (),
         batch_tokens: int = 16_384,
         batch_patches: int = 16_384,
+        share_prefixes: bool = True,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> Reranker:
@@ -95,6 +96,7 @@ class Reranker:
             backend=backend,
             batch_tokens=batch_tokens,
             batch_patches=batch_patches,
+            share_prefixes=share_prefixes,
             revision=revision,
             local_files_only=local_files_only,
         )

@@ -158,12 +158,13 @@ class Runtime:
         backend: str,
         batch_tokens: int,
         batch_patches: int,
+        share_prefixes: bool,
         revision: str | None,
         local_files_only: bool,
     ) -> Runtime:
         """Load a checkpoint; the arguments are those of ``from_pretrained``."""
-        ops = choose_ops(backend)
         torch_device = choose_device(device)
+        ops = choose_ops(backend, torch_device)
         torch_dtype = parse_dtype(dtype)
         budget = Budget(batch_tokens, batch_patches)
         folder = locate(model, revision=revision, local_files_only=local_files_only)
@@ -178,7 +179,8 @@ class Runtime:
             device=torch_device,
             answer_ids=answer_ids,
         )
-        engine = Engine(Model(config, weights, ops), torch_device, budget)
+        network = Model(config, weights, ops)
+        engine = Engine(network, torch_device, budget, share_prefixes=share_prefixes)
         return cls(config, prompter, engine, options)
 
     def load_media(self, item: Item, rest: Callable[[], Prompt]) -> list[Patches]:

@@ -53,7 +53,8 @@ class StandIn:
 
 @pytest.fixture
 def engine():
-    made = Engine(StandIn(), CPU, Budget(tokens=40, patches=64), host_threads=2)
+    budget = Budget(tokens=40, patches=64)
+    made = Engine(StandIn(), CPU, budget, share_prefixes=False, host_threads=2)
     yield made
     made.close()
 

@@ -54,6 +54,7 @@ def join(pieces: Sequence[tuple[np.ndarray, np.ndarray]], parent: list[int], rea
         read=np.array(read, dtype=np.int64),
         vision=None,
         visual_index=torch.empty(0, dtype=torch.int64),
+        visual_rows=torch.empty(0, dtype=torch.int64),
     )
 
 
@@ -68,7 +69,7 @@ def test_tree_of_depth_three(embedder: Embedder) -> None:
     model = embedder._runtime.engine.model
     texts = ["green apples grow here", "green apples fall", "green pears", "nothing alike"]
     prompts = [embedder._prepare(text, None) for text in texts]
-    plain = hidden(model, pack(prompts, 2, CPU))
+    plain = hidden(model, pack(prompts, 2, CPU).batch)
     root = common(*prompts)
     green = common(*prompts[:3])
     apples = common(*prompts[:2])
@@ -96,7 +97,7 @@ def test_resident_beginnings(embedder: Embedder) -> None:
     model = embedder._runtime.engine.model
     weights, config = model.weights.text, model.config.text
     prompts = [embedder._prepare(f"{word} is what we look for", None) for word in ("red", "blue")]
-    plain = hidden(model, pack(prompts, 2, CPU))
+    plain = hidden(model, pack(prompts, 2, CPU).batch)
     start = common(*prompts)
     beginning, *_ = segments(prompts[0], [start // 2, start])
     middle = segments(prompts[0], [start // 2, start])[1]
@@ -124,7 +125,7 @@ def test_reading_tokens_anywhere(fixture: str, request: pytest.FixtureRequest) -
     embedder = Embedder.from_pretrained(request.getfixturevalue(fixture))
     model = embedder._runtime.engine.model
     prompt = embedder._prepare({"image": picture(96, 64), "text": "and a text"}, None)
-    batch = pack([prompt], 2, CPU)
+    batch = pack([prompt], 2, CPU).batch
     everything = replace(batch, read=np.arange(len(prompt.ids)))
     some = np.array([0, int(prompt.visual_index[1]), len(prompt.ids) - 2], dtype=np.int64)
     rows = hidden(model, replace(batch, read=some))

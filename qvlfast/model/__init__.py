@@ -31,6 +31,8 @@ class Model:
             visual, deepstack = vision_forward(
                 self.ops, self.weights.vision, self.config.vision, batch.vision
             )
+            visual = visual[batch.visual_rows]
+            deepstack = [level[batch.visual_rows] for level in deepstack]
         output = text_forward(
             self.ops, self.weights.text, self.config.text, batch, visual, deepstack
         )
