@@ -32,11 +32,10 @@ print(spec.origin if spec is not None else None)
 def copy_of_the_tree(target: Path) -> Path:
     """What a build needs, with one more file in kernels/, and without this tree's own build."""
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "build")
-    for folder in ("csrc", "kernels", "qvlfast", "tests", "benchmarks"):
+    for folder in ("csrc", "kernels", "licenses", "qvlfast", "tests", "benchmarks"):
         shutil.copytree(ROOT / folder, target / folder, ignore=ignored)
-    for file in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
-        if (ROOT / file).exists():
-            shutil.copy(ROOT / file, target / file)
+    for file in ("pyproject.toml", "setup.py", "LICENSE", "NOTICE", "README.md"):
+        shutil.copy(ROOT / file, target / file)
     (target / PROBE).write_text("VALUE = 7\n")
     return target
 
@@ -102,7 +101,14 @@ def test_wheel(tmp_path: Path) -> None:
     assert "qvlfast/" + PROBE in names
     assert "qvlfast/kernels/__init__.py" not in names
     assert {"qvlfast/py.typed", "qvlfast/_C.pyi", "qvlfast/errors.py"} <= set(names)
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+    for file in ("LICENSE", "NOTICE", "licenses/OFL-1.1.txt"):
+        assert any(name.endswith(f"licenses/{file}") for name in names)
+    assets = {
+        f"qvlfast/{path.relative_to(ROOT / 'qvlfast')}"
+        for path in (ROOT / "qvlfast" / "assets").rglob("*")
+        if path.is_file()
+    }
+    assert assets and assets <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     built = [name for name in names if name.startswith("qvlfast/_C.") and name.endswith(".so")]
     assert len(built) == 1

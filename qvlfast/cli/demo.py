@@ -1,0 +1,154 @@
+"""Search emoji pictures by words, in several languages.
+
+Everything is in the package: two small trained models and the pictures. Each WORDS is a query of
+its own; without any, built-in queries and one picture are asked. The table shows the best of each
+query after reranking, and a contact sheet is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import positive_int
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from ..gallery import Emoji
+
+_RERANKED = 20
+_COLUMNS = 8
+
+# The language, the query, and what it means.
+_QUERIES = (
+    ("English", "slice of pizza", "slice of pizza"),
+    ("German", "Fahrrad", "bicycle"),
+    ("Spanish", "gato", "cat"),
+    ("Russian", "сердце", "heart"),
+    ("Chinese", "彩虹", "rainbow"),
+    ("Japanese", "魚", "fish"),
+    ("Arabic", "شمس", "sun"),
+)
+_PICTURE_QUERY = "🚗"
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question to the gallery; ``note`` and ``meaning`` are for the reader."""
+
+    value: Any
+    title: str | Image.Image
+    note: str
+    meaning: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", metavar="WORDS", nargs="*", help="your own queries")
+    parser.add_argument(
+        "--sheet",
+        metavar="FILE",
+        type=Path,
+        default=Path("qvlfast-demo.png"),
+        help="the contact sheet",
+    )
+    parser.add_argument("--all", action="store_true", help="search the whole gallery")
+    parser.add_argument(
+        "--top", metavar="N", type=positive_int, default=_COLUMNS, help="pictures shown a query"
+    )
+    parser.add_argument("--embedder", metavar="MODEL", help="another checkpoint for this part")
+    parser.add_argument("--reranker", metavar="MODEL", help="another checkpoint for this part")
+
+
+def run(options: argparse.Namespace) -> int:
+    start = time.monotonic()
+    try:
+        from ..gallery import EMBEDDER, RERANKER, featured, load_gallery
+
+        emoji = load_gallery() if options.all else featured()
+    except (ImportError, FileNotFoundError):
+        raise ValueError("this installation has no gallery: install the whole package") from None
+
+    from .. import Embedder, Reranker
+    from .contact_sheet import Row, draw
+
+    queries = _own(options.words) if options.words else _built_in(load_gallery())
+    pictures = [each.picture() for each in emoji]
+    documents = [{"image": picture} for picture in pictures]
+    with Embedder.from_pretrained(options.embedder or EMBEDDER) as embedder:
+        gallery = embedder.encode_document(documents)
+        vectors = embedder.encode_query([query.value for query in queries])
+        cosines = embedder.similarity(vectors, gallery)
+    _say(f"{len(emoji)} pictures and {len(queries)} queries embedded", start)
+
+    rows = []
+    with Reranker.from_pretrained(options.reranker or RERANKER) as reranker:
+        for query, row in zip(queries, cosines, strict=True):
+            best = _best(row, max(_RERANKED, options.top))
+            scores = reranker.predict([(query.value, documents[i]) for i in best])
+            order = sorted(range(len(best)), key=lambda k: -float(scores[k]))[: options.top]
+            found = [(best[k], float(scores[k])) for k in order]
+            _print_found(query, found, emoji, row)
+            drawn = [(pictures[i], score) for i, score in found]
+            rows.append(Row(query.title, query.note, query.meaning, drawn))
+    sheet = draw(
+        rows, "qvlfast demo", f"{len(emoji)} pictures, found by their vectors, then reranked"
+    )
+    sheet.save(options.sheet)
+    print(f"\ncontact sheet: {options.sheet}")
+    _say("done", start)
+    return 0
+
+
+def _say(text: str, start: float) -> None:
+    print(f"qvlfast: {text}, {time.monotonic() - start:.1f} s", file=sys.stderr)
+
+
+def _own(words: Sequence[str]) -> list[Query]:
+    return [Query(text, text, "", text) for text in words]
+
+
+def _built_in(gallery: Sequence[Emoji]) -> list[Query]:
+    from PIL import Image
+
+    queries = []
+    for language, text, meaning in _QUERIES:
+        note = language if text == meaning else f"{language}: {meaning}"
+        queries.append(Query(text, text, note, meaning))
+    for emoji in gallery:
+        if emoji.character.startswith(_PICTURE_QUERY):
+            # On another ground and turned, so that it is not the gallery's own picture.
+            ground = "#cfe3f5"
+            smooth = Image.Resampling.BICUBIC
+            picture = emoji.picture(ground).rotate(12, smooth, fillcolor=ground)
+            queries.append(Query({"image": picture}, picture, "a picture", "a picture"))
+            break
+    return queries
+
+
+def _best(cosines: NDArray[np.float32], count: int) -> list[int]:
+    import numpy as np
+
+    best: list[int] = np.argsort(-cosines, kind="stable")[:count].tolist()
+    return best
+
+
+def _print_found(
+    query: Query,
+    found: Sequence[tuple[int, float]],
+    emoji: Sequence[Emoji],
+    cosines: NDArray[np.float32],
+) -> None:
+    title = query.title if isinstance(query.title, str) else "[picture]"
+    print(f"\n{title}" + (f"  ({query.note})" if query.note else ""))
+    print(f"  {'':4}{'score':>6}{'cosine':>9}")
+    for index, score in found[:5]:
+        character, name = emoji[index].character, emoji[index].names.get("en", "")
+        print(f"  {character}  {score:6.3f}{float(cosines[index]):9.3f}  {name}")

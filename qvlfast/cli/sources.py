@@ -1,0 +1,217 @@
+"""Where items come from: a JSONL or text file, standard input, or a folder of media.
+
+A source yields :class:`Line` values. They are cheap until parsed, so that a resumed run passes
+quickly over what is already done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import InputError
+from ..inputs import PICTURE_SUFFIXES, shorten
+
+FORMATS = ("auto", "jsonl", "text")
+PICTURES = frozenset({*PICTURE_SUFFIXES, ".tif"} - {".svg"})
+VIDEOS = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
+)
+
+_SCHEMES = ("http://", "https://", "file://", "data:")
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One item before it is looked at.
+
+    Attributes:
+        index: its place among all items, from 0.
+        raw: what it is recognised by when a run goes on.
+        kind: ``jsonl``, ``text`` or ``file``.
+        base: the folder that relative names of media start from.
+    """
+
+    index: int
+    raw: bytes
+    kind: str
+    base: Path
+
+    def parse(self) -> tuple[str | int, Any]:
+        """Its id (the index if it has none) and the input.
+
+        Raises:
+            InputError: it is no item.
+        """
+        if self.kind == "file":
+            name = os.fsdecode(self.raw.partition(b"\0")[0])
+            key = "image" if Path(name).suffix.lower() in PICTURES else "video"
+            return name, {key: self.base / name}
+        try:
+            text = self.raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError("invalid_text", f"the line is not UTF-8: {error}") from None
+        return (
+            (self.index, text) if self.kind == "text" else parse_json(text, self.base, self.index)
+        )
+
+
+def parse_json(text: str, base: Path, index: int) -> tuple[str | int, Any]:
+    """One item as JSON: a string, or an object with an input's keys and perhaps an ``id``.
+
+    Args:
+        base: the folder that relative names of media start from.
+        index: the id of an item that names none.
+
+    Raises:
+        InputError: ``invalid_json`` or ``invalid_type``.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            "invalid_json",
+            f"{shorten(text)!r} is not JSON ({error}); for plain lines: --format text",
+        ) from None
+    if isinstance(value, str):
+        return index, value
+    if not isinstance(value, dict):
+        raise InputError(
+            "invalid_type", f"the line is {shorten(text)}, expected a JSON string or object"
+        )
+    name = value.pop("id", index)
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise InputError("invalid_type", f"`id` is {name!r}, expected a string or a whole number")
+    for key in ("image", "video"):
+        if key in value:
+            value[key] = _from_base(value[key], base)
+    return name, value
+
+
+def _from_base(value: Any, base: Path) -> Any:
+    if isinstance(value, list):
+        return [_from_base(part, base) for part in value]
+    if not isinstance(value, str) or not value.strip() or value.lower().startswith(_SCHEMES):
+        return value
+    return os.path.join(base, value)
+
+
+class Source:
+    """Items in order. ``total`` is how many there are, None where only the end will tell."""
+
+    def __init__(self, lines: Iterable[Line], total: int | None, name: str) -> None:
+        self.total = total
+        self.name = name
+        self._lines = lines
+
+    def __iter__(self) -> Iterator[Line]:
+        return iter(self._lines)
+
+
+def open_source(name: str, form: str = "auto") -> Source:
+    """Open a file, a folder, or ``-`` for standard input.
+
+    Args:
+        form: one of :data:`FORMATS`. With ``auto`` a file named ``.jsonl``, ``.ndjson`` or
+            ``.json`` is JSONL, one named ``.txt`` is text; other files and standard input are
+            JSONL if their first line that is not blank is a JSON object or string.
+
+    Raises:
+        ValueError: a folder without media.
+        OSError: it cannot be read.
+    """
+    if name == "-":
+        return Source(_read(sys.stdin.buffer, form, Path.cwd()), None, "standard input")
+    path = Path(name)
+    if path.is_dir():
+        return _folder(path)
+    if form == "auto":
+        form = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}.get(
+            path.suffix.lower(), "auto"
+        )
+    regular = path.is_file()
+    with path.open("rb") as file:  # fails here and not in the middle of the work
+        if form == "auto" and regular:
+            form = _guess(file)
+    total = sum(1 for _ in _file_lines(path, form)) if regular else None
+    return Source(_file_lines(path, form), total, str(path))
+
+
+def _folder(path: Path) -> Source:
+    names = []
+    for parent, folders, files in os.walk(path):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for file in files:
+            if not file.startswith(".") and Path(file).suffix.lower() in PICTURES | VIDEOS:
+                names.append(Path(parent, file).relative_to(path).as_posix())
+    if not names:
+        raise ValueError(
+            f"{path} holds no pictures or videos ({', '.join(sorted(PICTURES | VIDEOS))})"
+        )
+    names.sort()
+    return Source(_Files(path, names), len(names), str(path))
+
+
+class _Files:
+    def __init__(self, base: Path, names: list[str]) -> None:
+        self._base = base
+        self._names = names
+
+    def __iter__(self) -> Iterator[Line]:
+        for index, name in enumerate(self._names):
+            try:
+                size = (self._base / name).stat().st_size
+            except OSError:
+                size = -1  # a dangling link: reading it will say so
+            yield Line(index, os.fsencode(name) + b"\0%d" % size, "file", self._base)
+
+
+def _file_lines(path: Path, form: str) -> Iterator[Line]:
+    with path.open("rb") as file:
+        yield from _read(file, form, path.parent)
+
+
+def _read(file: BinaryIO, form: str, base: Path) -> Iterator[Line]:
+    """Lines of a file: blank ones are items of a text, and nothing in JSONL."""
+    lines = iter(file)
+    if form == "auto":
+        head = []
+        for line in lines:
+            head.append(line)
+            if line.strip():
+                break
+        form = _form_of(head)
+        lines = chain(head, lines)
+    index = 0
+    first = True
+    for line in lines:
+        raw = line.rstrip(b"\r\n")
+        if first:
+            raw = raw.removeprefix(_BOM)
+            first = False
+        if form == "text" or raw.strip():
+            yield Line(index, raw, form, base)
+            index += 1
+
+
+def _guess(file: BinaryIO) -> str:
+    for line in file:
+        if line.strip():
+            return _form_of([line])
+    return "text"
+
+
+def _form_of(head: list[bytes]) -> str:
+    """The format of an input that starts with these lines, of which the last is not blank."""
+    try:
+        value = json.loads(head[-1].removeprefix(_BOM)) if head else None
+    except (ValueError, RecursionError):
+        return "text"
+    return "jsonl" if isinstance(value, str | dict) else "text"

@@ -1,0 +1,259 @@
+"""The command line as a process: help, exit codes, ``rerank``, ``info`` and ``demo``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qvlfast import Reranker
+from qvlfast.checkpoint import Checkpoint
+from qvlfast.cli import main
+from qvlfast.cli.contact_sheet import Row, draw
+from qvlfast.cli.plan import activation_bytes, parts
+from qvlfast.cli.rerank import read_query
+from qvlfast.config import load_config
+from qvlfast.weights import expected_shapes
+from tests.samples import picture
+from tests.test_cli_embed import (
+    ROOT,
+    command,
+    environment,
+    qvlfast,
+    small_checkpoint,
+    write_lines,
+)
+
+__all__ = ["small_checkpoint"]
+
+
+def test_help() -> None:
+    out, _ = qvlfast("--help")
+    names = ("embed", "rerank", "info", "verify", "demo")
+    assert all(f"\n    {name} " in out for name in names)
+    for name in names:
+        assert f"qvlfast {name}" in build_parser_help(name)
+
+
+def build_parser_help(name: str) -> str:
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stdout(io.StringIO()) as out:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    return out.getvalue()
+
+
+def test_help_loads_nothing_slow() -> None:
+    code = (
+        "import sys\nfrom qvlfast.cli import build_parser\nbuild_parser()\n"
+        "print(sorted({'torch', 'numpy', 'PIL', 'transformers', 'av'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_version() -> None:
+    out, _ = qvlfast("--version")
+    assert out.startswith("qvlfast 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("unknown",),
+        ("embed", "MODEL", "in.jsonl"),
+        ("embed", "MODEL", "in.jsonl", "-o", "out.npy", "--dimensions", "0"),
+        ("embed", "MODEL", "in.jsonl", "-o", "out.npy", "--dtype", "int3"),
+        ("info", "MODEL", "--memory", "much"),
+    ],
+)
+def test_usage_errors(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: qvlfast" in capsys.readouterr().err
+
+
+def test_user_errors_are_one_line(
+    small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = write_lines(tmp_path / "in.jsonl", ["a text"])
+    out = tmp_path / "out.npy"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases: list[tuple[tuple[str | Path, ...], str]] = [
+        (("embed", "no/such/folder", lines, "-o", out), "does not exist"),
+        (("embed", broken, lines, "-o", out), "model_type"),
+        (("embed", small_checkpoint, tmp_path / "none.jsonl", "-o", out), "No such file"),
+        (("embed", small_checkpoint, empty, "-o", out), "no pictures or videos"),
+        (("embed", small_checkpoint, lines, "-o", tmp_path / "out.csv"), ".npy"),
+        (("embed", small_checkpoint, lines, "-o", tmp_path / "no" / "out.npy"), "No such file"),
+        (("embed", small_checkpoint, lines, "-o", out, "--dimensions", "64"), "32 values"),
+        (("embed", small_checkpoint, lines, "-o", out, "--device", "tpu"), "tpu"),
+        (("rerank", small_checkpoint, " ", lines), "query is empty"),
+        (("rerank", small_checkpoint, "{not json}", lines), "not JSON"),
+        (("rerank", small_checkpoint, "@none.txt", lines), "No such file"),
+        (("info", tmp_path / "nothing"), "does not exist"),
+    ]
+    qvlfast(*cases[0][0], code=2)
+    for arguments, message in cases:
+        assert main([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error, arguments
+        assert error.startswith("qvlfast: ")
+        assert error.count("\n") == 1, error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "empty", "in.jsonl"]
+
+
+def test_a_closed_pipe_is_no_traceback(small_checkpoint: Path) -> None:
+    process = subprocess.Popen(
+        command("info", small_checkpoint), env=environment(), cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+def test_rerank(small_checkpoint: Path, tmp_path: Path) -> None:
+    picture(64, 64).save(tmp_path / "one.png")
+    lines = [
+        "a text",
+        {"text": "another", "id": "second"},
+        {"image": "one.png", "id": "seen"},
+        {"image": "none.png", "id": "gone"},
+    ]
+    documents = write_lines(tmp_path / "documents.jsonl", lines)
+    out, error = qvlfast(
+        "rerank",
+        small_checkpoint,
+        "the query",
+        documents,
+        "--json",
+        "--instruction",
+        "Find",
+        code=1,
+    )
+    got = [json.loads(line) for line in out.splitlines()]
+    with Reranker.from_pretrained(small_checkpoint) as reranker:
+        expected = reranker.rank(
+            "the query", ["a text", "another", {"image": tmp_path / "one.png"}], "Find"
+        )
+    assert [(g["rank"], g["index"]) for g in got] == [
+        (place, e["index"]) for place, e in enumerate(expected, start=1)
+    ]
+    names = {0: 0, 1: "second", 2: "seen"}
+    assert [g["id"] for g in got] == [names[e["index"]] for e in expected]
+    np.testing.assert_allclose([g["score"] for g in got], [e["score"] for e in expected], atol=1e-5)
+    assert "document gone failed" in error
+
+    out, _ = qvlfast(
+        "rerank", small_checkpoint, f"@{tmp_path / 'one.png'}", "-", "--top-k", "1",
+        stdin=b"first\nsecond\n",
+    )  # fmt: skip
+    assert out.startswith("   1  0.")
+    assert len(out.splitlines()) == 1
+
+
+def test_rerank_queries(tmp_path: Path) -> None:
+    (tmp_path / "query.json").write_text('{"text": "the query", "image": "a.png"}')
+    (tmp_path / "query.txt").write_text("the query\n")
+    (tmp_path / "b.JPG").write_bytes(b"never read")
+    assert read_query("the query") == "the query"
+    assert read_query('{"text": "the query"}') == {"text": "the query"}
+    assert read_query(f"@{tmp_path / 'query.txt'}") == "the query"
+    image = str(tmp_path / "a.png")
+    assert read_query(f"@{tmp_path / 'query.json'}") == {"text": "the query", "image": image}
+    assert read_query(f"@{tmp_path / 'b.JPG'}") == {"image": tmp_path / "b.JPG"}
+    for bad in ("", "{}", "{not json}", '@{"text": "no file"}'):
+        with pytest.raises((ValueError, OSError)):
+            read_query(bad)
+
+
+def test_info(odd_checkpoint: Path) -> None:
+    out, _ = qvlfast("info", odd_checkpoint, "--json", "--device", "cpu", "--memory", "1G")
+    found = json.loads(out)
+    stored = sum(np.prod(shape, dtype=int) for shape in Checkpoint(odd_checkpoint).shapes.values())
+    assert sum(found["parameters"].values()) == stored
+    assert len(found["files"]) == 3
+    assert (found["dtype"], found["memory"]) == ("float32", 1 << 30)
+    assert found["config"]["text"]["hidden_size"] == 160
+    plans = found["plans"]
+    assert plans["bfloat16"]["weights"] * 2 == plans["float32"]["weights"]
+    for plan in plans.values():
+        assert plan["total"] == plan["weights"] + plan["activations"] + plan["fixed"]
+        assert plan["fits"] == (plan["total"] <= 1 << 30)
+
+    out, _ = qvlfast("info", odd_checkpoint, "--device", "cuda", "--memory", "8G")
+    for line in ("3 layers", "vision tower", "memory on cuda of 8.00 GiB"):
+        assert line in out
+    out, _ = qvlfast("info", odd_checkpoint, "--memory", "100M", "--dtype", "bfloat16")
+    assert "does not fit" in out
+    assert "float32 " not in out.partition("memory on")[2]
+
+
+def test_info_counts_what_a_published_checkpoint_holds(tmp_path: Path) -> None:
+    """The 2B model has 2,127,532,032 parameters; nothing of it is needed to know that."""
+    from benchmarks.checkpoints import config_json, resolve_shape
+
+    config = config_json(resolve_shape("2b"), "bfloat16", "rope_parameters", tied=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_config(tmp_path)
+    shapes = {k: v for k, v in expected_shapes(loaded).items() if k != "lm_head.weight"}
+    assert sum(part.parameters for part in parts(shapes, loaded)) == 2_127_532_032
+
+
+def test_the_formula_of_activations(tiny_checkpoint: Path) -> None:
+    """A token costs what the docstring of the plan says, worked out by hand for this model."""
+    config = load_config(tiny_checkpoint)
+    # 16·320 + 4·128 + (4·128 + (2·4 + 2·2)·128)·4
+    assert activation_bytes(config, "float32", 1000, 0) == 1000 * 13_824
+    # (8 + 2)·256 + (8·128 + 3·128/4)·2 + 2·64 + 1536, more than its share of tokens
+    assert activation_bytes(config, "bfloat16", 0, 1000) == 1000 * 6_464
+
+
+def test_contact_sheet() -> None:
+    found = [(picture(96, 96, seed=i), 1 - i / 10) for i in range(5)]
+    rows = [
+        Row("slice of pizza", "English", "slice of pizza", found),
+        Row("彩虹", "Chinese: rainbow", "rainbow", found[:3]),
+        Row("عشق", "Arabic: love", "love", found),
+        Row("a rather long query that does not fit on one line of the sheet " * 3, "", "", found),
+        Row(picture(96, 96), "a picture", "a picture", found),
+    ]
+    sheet = draw(rows, "heading", "note")
+    assert sheet.mode == "RGB"
+    shade = np.asarray(sheet.convert("L")).astype(int)
+    for i in range(len(rows)):  # every row has ink in its label and in its cards
+        band = shade[92 + 150 * i + 5 : 92 + 150 * (i + 1) - 5]
+        assert np.ptp(band[:, :300]) > 100
+        assert np.ptp(band[:, 330:]) > 50
+
+
+@pytest.mark.skipif(
+    not (ROOT / "qvlfast" / "assets" / "emoji-reranker" / "config.json").exists(),
+    reason="the models are not there",
+)
+def test_demo(tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    start = time.monotonic()
+    out, _ = qvlfast("demo", "pizza", "Fahrrad", "--sheet", sheet)
+    assert time.monotonic() - start < 60  # 15 on two idle cores
+    assert "🍕" in out.partition("Fahrrad")[0]
+    assert "🚲" in out.partition("Fahrrad")[2]
+    with Image.open(sheet) as image:
+        assert image.width > 1000
