@@ -1,6 +1,6 @@
 # make test    the environment, the build, style, types and the quick tests
 # make check   the long ones: slow tests, sanitizers, aarch64
-# make demo    the package at work on a small made-up checkpoint
+# make demo    search emoji pictures with the models that come along; then every kind of input
 # make format  rewrite Python and C++ in the project's style
 #
 # torch is asked for by name, wherever pip looks. Where that is PyPI, its build for CUDA is large;
@@ -82,6 +82,7 @@ test-torch:
 	$(MAKE) unit VENV=.venv-torch TORCH_ARGS='$(TORCH_ARGS)'
 
 demo: build
+	$(bin)/qvlfast demo
 	$(bin)/python -m benchmarks.demo
 
 format: build
