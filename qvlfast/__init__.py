@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from .embedder import Embedder
-from .engine import Usage
-from .errors import BackendError, BatchError, CheckpointError, InputError, QvlfastError
-from .reranker import Reranker
-from .runtime import Encoded, TruncationWarning
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .embedder import Embedder
+    from .engine import Usage
+    from .errors import BackendError, BatchError, CheckpointError, InputError, QvlfastError
+    from .reranker import Reranker
+    from .runtime import Encoded, TruncationWarning
 
 __version__ = "0.1.0"
 
@@ -23,3 +26,31 @@ __all__ = [
     "Usage",
     "__version__",
 ]
+
+# Looked up when first used: torch takes a second to import, and `qvlfast --help` needs none of it.
+_PLACES = {
+    "BackendError": "errors",
+    "BatchError": "errors",
+    "CheckpointError": "errors",
+    "Embedder": "embedder",
+    "Encoded": "runtime",
+    "InputError": "errors",
+    "QvlfastError": "errors",
+    "Reranker": "reranker",
+    "TruncationWarning": "runtime",
+    "Usage": "engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

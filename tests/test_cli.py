@@ -251,9 +251,9 @@ def test_contact_sheet() -> None:
 def test_demo(tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     start = time.monotonic()
-    out, _ = qvlfast("demo", "pizza", "Fahrrad", "--sheet", sheet)
+    out, _ = qvlfast("demo", "pizza", "火山", "--sheet", sheet)
     assert time.monotonic() - start < 60  # 15 on two idle cores
-    assert "🍕" in out.partition("Fahrrad")[0]
-    assert "🚲" in out.partition("Fahrrad")[2]
+    assert "🍕" in out.partition("火山")[0]
+    assert "🌋" in out.partition("火山")[2]
     with Image.open(sheet) as image:
         assert image.width > 1000

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -165,7 +166,6 @@ def test_jsonl(small_checkpoint: Path, mixed: Path, expected: np.ndarray, tmp_pa
 
 
 def test_parquet(small_checkpoint: Path, mixed: Path, expected: np.ndarray, tmp_path: Path) -> None:
-    pq = pytest.importorskip("pyarrow.parquet")
     out = tmp_path / "out.parquet"
     qvlfast("embed", small_checkpoint, mixed, "-o", out, code=1)
     table = pq.read_table(out)

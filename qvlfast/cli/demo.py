@@ -29,10 +29,10 @@ _COLUMNS = 8
 
 # The language, the query, and what it means.
 _QUERIES = (
-    ("English", "slice of pizza", "slice of pizza"),
-    ("German", "Fahrrad", "bicycle"),
+    ("English", "pizza", "pizza"),
+    ("German", "roter Apfel", "red apple"),
     ("Spanish", "gato", "cat"),
-    ("Russian", "сердце", "heart"),
+    ("French", "chien", "dog"),
     ("Chinese", "彩虹", "rainbow"),
     ("Japanese", "魚", "fish"),
     ("Arabic", "شمس", "sun"),
