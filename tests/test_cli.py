@@ -7,7 +7,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -244,15 +243,9 @@ def test_contact_sheet() -> None:
         assert np.ptp(band[:, 330:]) > 50
 
 
-@pytest.mark.skipif(
-    not (ROOT / "qvlfast" / "assets" / "emoji-reranker" / "config.json").exists(),
-    reason="the models are not there",
-)
 def test_demo(tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
-    start = time.monotonic()
     out, _ = qvlfast("demo", "pizza", "火山", "--sheet", sheet)
-    assert time.monotonic() - start < 60  # 15 on two idle cores
     assert "🍕" in out.partition("火山")[0]
     assert "🌋" in out.partition("火山")[2]
     with Image.open(sheet) as image:

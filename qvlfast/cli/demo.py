@@ -1,13 +1,14 @@
 """Search emoji pictures by words, in several languages.
 
-Everything is in the package: two small trained models and the pictures. Each WORDS is a query of
+Everything is in the package: a small trained embedder and the pictures. Each WORDS is a query of
 its own; without any, built-in queries and one picture are asked. The table shows the best of each
-query after reranking, and a contact sheet is drawn.
+query, after reranking if --reranker names a model, and a contact sheet is drawn.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -63,14 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top", metavar="N", type=positive_int, default=_COLUMNS, help="pictures shown a query"
     )
-    parser.add_argument("--embedder", metavar="MODEL", help="another checkpoint for this part")
-    parser.add_argument("--reranker", metavar="MODEL", help="another checkpoint for this part")
+    parser.add_argument("--embedder", metavar="MODEL", help="another embedder")
+    parser.add_argument("--reranker", metavar="MODEL", help="rerank what the embedder finds")
 
 
 def run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     try:
-        from ..gallery import EMBEDDER, RERANKER, featured, load_gallery
+        from ..gallery import EMBEDDER, featured, load_gallery
 
         emoji = load_gallery() if options.all else featured()
     except (ImportError, FileNotFoundError):
@@ -89,18 +90,22 @@ def run(options: argparse.Namespace) -> int:
     _say(f"{len(emoji)} pictures and {len(queries)} queries embedded", start)
 
     rows = []
-    with Reranker.from_pretrained(options.reranker or RERANKER) as reranker:
+    with contextlib.ExitStack() as stack:
+        reranker = None
+        if options.reranker:
+            reranker = stack.enter_context(Reranker.from_pretrained(options.reranker))
         for query, row in zip(queries, cosines, strict=True):
             best = _best(row, max(_RERANKED, options.top))
-            scores = reranker.predict([(query.value, documents[i]) for i in best])
-            order = sorted(range(len(best)), key=lambda k: -float(scores[k]))[: options.top]
-            found = [(best[k], float(scores[k])) for k in order]
+            scores = [float(row[i]) for i in best]
+            if reranker is not None:
+                scores = reranker.predict([(query.value, documents[i]) for i in best]).tolist()
+            order = sorted(range(len(best)), key=lambda k: -scores[k])[: options.top]
+            found = [(best[k], scores[k]) for k in order]
             _print_found(query, found, emoji, row)
             drawn = [(pictures[i], score) for i, score in found]
             rows.append(Row(query.title, query.note, query.meaning, drawn))
-    sheet = draw(
-        rows, "qvlfast demo", f"{len(emoji)} pictures, found by their vectors, then reranked"
-    )
+    how = "found by their vectors" + (", then reranked" if options.reranker else "")
+    sheet = draw(rows, "qvlfast demo", f"{len(emoji)} pictures, {how}")
     sheet.save(options.sheet)
     print(f"\ncontact sheet: {options.sheet}")
     _say("done", start)
