@@ -1,0 +1,73 @@
+"""The lookup of token embeddings."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    RefusalError,
+    RowConfig,
+    launch,
+    require_device,
+    require_floats,
+    require_unit_stride,
+    row_config,
+    target_of,
+)
+
+
+@triton.jit(do_not_specialize=["T"])
+def embed_kernel(
+    p_ids, p_table, p_y, T, V, C, stride_ids, stride_table, BT: tl.constexpr, BC: tl.constexpr
+):
+    """One program: BT rows, whole. An id outside the table gives a row of NaN."""
+    # [BT]
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    # [1, BC]
+    o_c = tl.arange(0, BC)[None, :]
+    # [BT]
+    b_id = tl.load(p_ids + o_t.to(tl.int64) * stride_ids, mask=o_t < T, other=-1).to(tl.int64)
+    m_id = (b_id >= 0) & (b_id < V)
+    # [BT, BC]
+    m = m_id[:, None] & (o_c < C)
+    b_y = tl.load(p_table + b_id[:, None] * stride_table + o_c, mask=m, other=float("nan"))
+    p_out = p_y + o_t.to(tl.int64)[:, None] * C + o_c
+    tl.store(p_out, b_y, mask=(o_t < T)[:, None] & (o_c < C))
+
+
+def embed(ids: Tensor, table: Tensor, *, config: RowConfig | None = None) -> Tensor:
+    """Rows of ``table`` ``[V, C]`` at ``ids`` ``[T]`` int32 or int64; ``[T, C]``.
+
+    An id outside the table gives a row of NaN: to refuse it would make the host wait for the
+    device.
+
+    Raises:
+        RefusalError: ids of another type, or a table of no float type.
+    """
+    require_floats("embed", table=table)
+    require_device("embed", ids, table)
+    if ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 1:
+        raise RefusalError(f"embed: ids are {ids.dtype} {tuple(ids.shape)}, not int32 or int64 [T]")
+    require_unit_stride("embed", table=table)
+    out = torch.empty((len(ids), table.shape[1]), dtype=table.dtype, device=table.device)
+    config = config or row_config(target_of(table.device), table.shape[1])
+    launch(
+        "embed",
+        embed_kernel,
+        triton.cdiv(len(ids), config.rows),
+        ids,
+        table,
+        out,
+        len(ids),
+        len(table),
+        table.shape[1],
+        ids.stride(0),
+        table.stride(0),
+        config=config,
+        BT=config.rows,
+        BC=config.columns,
+    )
+    return out

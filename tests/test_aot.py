@@ -1,0 +1,58 @@
+"""The table of compiled kernels keeps the rules, and the rules see what they are for."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from benchmarks.aot import TARGETS, Row, broken, compare, parse_rows, read_table
+from qvlfast.ops import Ops
+
+GOOD = Row("sm_89", "linear", "bfloat16", "x", "m=16", 4, 2, 80, 9000, 0, "HMMA", 8, 4, "3.9.0", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, ""),
+        ({"error": "aborted"}, "aborted"),
+        ({"spills": 2}, "2 spills"),
+        ({"spills": 16, "dtype": "float32"}, ""),
+        ({"spills": 17, "dtype": "float32"}, "17 spills"),
+        ({"shared_bytes": 100 * 1024}, "at most 99 KB"),
+        ({"target": "sm_90", "shared_bytes": 100 * 1024}, ""),
+        ({"matrix": ""}, "no matrix instruction"),
+        ({"matrix": "", "dtype": "float32"}, ""),
+        ({"matrix": "", "op": "rms_norm"}, ""),
+    ],
+)
+def test_rules(change, message) -> None:
+    assert message in broken(replace(GOOD, **change))
+    assert bool(broken(replace(GOOD, **change))) == bool(message)
+
+
+def test_counts_are_compared_under_one_triton_only() -> None:
+    other = replace(GOOD, registers=81)
+    assert compare([GOOD], [GOOD]) == []
+    assert len(compare([other], [GOOD])) == 1
+    assert compare([replace(other, triton="3.8.0")], [GOOD]) == []
+
+
+def test_a_compiler_that_dies_leaves_a_row() -> None:
+    announced = json.dumps(asdict(replace(GOOD, error="aborted")))
+    done = json.dumps(asdict(GOOD))
+    assert parse_rows("\n".join((announced, done, announced))) == [
+        GOOD,
+        replace(GOOD, error="aborted"),
+    ]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_committed_table(target) -> None:
+    rows = [row for row in read_table() if row.target == target]
+    assert not [row for row in rows if broken(row)]
+    ops = {name for name, _ in inspect.getmembers(Ops, inspect.isfunction)}
+    assert ops <= {row.op for row in rows}
