@@ -6,6 +6,7 @@ then wait in the scheduler; one thread takes batches from it and runs them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import threading
@@ -105,6 +106,7 @@ class Engine:
         self._closed = False
         self._reset()
         _after_fork(self)
+        _ENGINES.add(self)
 
     def _reset(self) -> None:
         self._start_lock = threading.Lock()
@@ -160,6 +162,16 @@ class Engine:
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
+
+    def abandon(self) -> None:
+        """Drop what waits, and return when the engine's thread has ended."""
+        thread = self._thread
+        with self._wake:
+            while self._scheduler.pop_batch():
+                pass
+        self.stop()
+        if thread is not None:
+            thread.join()
 
     def _prepare(self, job: _Job) -> None:
         with self._wake:
@@ -239,3 +251,13 @@ def _after_fork(engine: Engine) -> None:
 
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=reset)
+
+
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """A thread that is in C++ when the interpreter goes away takes the process down with it."""
+    for engine in list(_ENGINES):
+        engine.abandon()

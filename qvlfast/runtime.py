@@ -211,7 +211,7 @@ class Runtime:
             show_progress: None shows a bar on a terminal once the work takes over two seconds.
         """
         pending: deque[Future[Answer]] = deque()
-        bar = tqdm(
+        bar = _Bar(
             total=total,
             disable=None if show_progress is None else not show_progress,
             delay=2 if show_progress is None else 0,
@@ -230,6 +230,10 @@ class Runtime:
             for future in pending:
                 future.cancel()
             bar.close()
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread that watches over bars
 
 
 def _outcome(future: Future[Answer]) -> Answer | Exception:

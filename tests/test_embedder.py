@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -295,3 +298,26 @@ def test_a_long_video_is_fitted_to_the_length_limit_and_says_so(
         reduced = embedder.encode(item, details=True).usage[0]
         assert reduced.video_reduced and reduced.truncated_tokens == 0
         assert reduced.visual_tokens < usage.visual_tokens
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_program_that_does_not_close_it_ends_well(tiny_checkpoint: Path, waiting: bool) -> None:
+    """Also with work under way, which is dropped."""
+    program = (
+        "import sys, numpy, qvlfast\n"
+        "embedder = qvlfast.Embedder.from_pretrained(sys.argv[1])\n"
+        "picture = numpy.zeros((512, 512, 3), numpy.uint8)\n"
+        "assert embedder.encode([picture, 'a']).shape == (2, 128)\n"
+    )
+    if waiting:
+        program += "engine = embedder._runtime.engine\n"
+        program += "[engine.submit(embedder._request(picture, None)) for _ in range(50)]\n"
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tiny_checkpoint)],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
