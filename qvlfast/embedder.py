@@ -75,7 +75,7 @@ class Embedder:
                 ``Qwen/Qwen3-VL-Embedding-2B``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
             dtype: ``auto`` (that of the checkpoint), ``float32``, ``bfloat16`` or ``float16``.
-            backend: ``auto`` or ``reference``.
+            backend: ``auto``, ``reference`` or ``triton``; ``auto`` is the reference so far.
             default_instruction: for inputs that name none; None is the model's own,
                 ``Represent the user's input.``
             max_length: the most tokens an input may have.
