@@ -175,6 +175,7 @@ class Runtime:
             Checkpoint(folder),
             config,
             load_pixel_config(folder),
+            ops,
             dtype=torch_dtype,
             device=torch_device,
             answer_ids=answer_ids,

@@ -14,31 +14,13 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .config import ModelConfig, PixelConfig, VisionConfig
 from .errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = x · weightᵀ + bias; weight ``[N, K]``, bias ``[N]`` or None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
+from .ops import Linear, Ops
+from .quant import Quantization
 
 
 @dataclass(frozen=True)
 class LayerNorm:
     """weight and bias ``[C]``."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-@dataclass(frozen=True)
-class PatchEmbed:
-    """Patch embedding of uint8 pixels, with the normalisation folded in.
-
-    weight ``[C, K]`` in the model's dtype, bias ``[C]`` in float32; K counts the values of a
-    still's patch (one frame) or of a video's (``temporal_patch_size`` frames).
-    """
 
     weight: Tensor
     bias: Tensor
@@ -66,8 +48,10 @@ class Merger:
 
 @dataclass(frozen=True)
 class VisionWeights:
-    patch_still: PatchEmbed
-    patch_video: PatchEmbed
+    patch_still: Linear
+    """Patch embedding of a picture's patches (one frame), see :func:`fold_normalisation`."""
+    patch_video: Linear
+    """The same of a video's, ``temporal_patch_size`` frames each."""
     positions: Tensor
     """The learned position grid ``[num_positions, C]``, row by row."""
     blocks: tuple[VisionBlock, ...]
@@ -79,14 +63,14 @@ class VisionWeights:
 class TextLayer:
     input_norm: Tensor
     q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
+    kv_proj: Linear
+    """k_proj and v_proj, one after the other."""
     q_norm: Tensor
     k_norm: Tensor
     o_proj: Linear
     post_norm: Tensor
-    gate_proj: Linear
-    up_proj: Linear
+    gate_up_proj: Linear
+    """gate_proj and up_proj, prepared as ``gated``."""
     down_proj: Linear
 
 
@@ -170,7 +154,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def fold_normalisation(
     weight: Tensor, bias: Tensor, pixels: PixelConfig, dtype: torch.dtype, *, still: bool
-) -> PatchEmbed:
+) -> tuple[Tensor, Tensor]:
     """Fold (u/255 − mean)/std of uint8 pixels u into the patch embedding.
 
     The normalisation is affine per channel, so it scales the weight and shifts the bias. The two
@@ -181,6 +165,10 @@ def fold_normalisation(
     Args:
         weight: ``[C, 3, frames, patch, patch]``.
         bias: ``[C]``.
+
+    Returns:
+        Weight ``[C, K]`` in ``dtype`` and bias ``[C]`` in float32; K counts the values of a
+        still's patch (one frame) or of a video's.
     """
     mean = torch.tensor(pixels.mean, dtype=torch.float64).view(1, 3, 1)
     std = torch.tensor(pixels.std, dtype=torch.float64).view(1, 3, 1)
@@ -190,19 +178,27 @@ def fold_normalisation(
     rounded = (wide / (255.0 * std)).to(dtype)
     shift = (rounded.double() * (255.0 * mean)).sum(dim=(1, 2))
     folded_bias = (bias.to("cpu", torch.float64) - shift).float()
-    return PatchEmbed(rounded.flatten(1).contiguous(), folded_bias)
+    return rounded.flatten(1).contiguous(), folded_bias
 
 
 class _Loader:
-    """Takes tensors by their published name, in one dtype, on one device."""
+    """Takes tensors by their published name, in one dtype, on one device, for one backend."""
 
     def __init__(
-        self, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        prefix: str,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Quantization | None,
     ) -> None:
         self.checkpoint = checkpoint
         self.prefix = prefix
+        self.ops = ops
         self.dtype = dtype
         self.device = device
+        self.quantization = quantization
 
     def raw(self, name: str) -> Tensor:
         return self.checkpoint.tensor(self.prefix + name)
@@ -210,8 +206,17 @@ class _Loader:
     def __call__(self, name: str) -> Tensor:
         return self.raw(name).to(device=self.device, dtype=self.dtype)
 
-    def linear(self, name: str, bias: bool) -> Linear:
-        return Linear(self(f"{name}.weight"), self(f"{name}.bias") if bias else None)
+    def linear(self, *names: str, bias: bool, gated: bool = False) -> Linear:
+        """Linears of one input, as one."""
+        plan = self.quantization
+        form = plan.format if plan and all(plan.covers(name) for name in names) else None
+        return self.ops.prepare(
+            [self(f"{name}.weight") for name in names],
+            torch.cat([self(f"{name}.bias") for name in names]) if bias else None,
+            form=form,
+            group=plan.group if plan else 64,
+            gated=gated,
+        )
 
     def norm(self, name: str) -> LayerNorm:
         return LayerNorm(self(f"{name}.weight"), self(f"{name}.bias"))
@@ -226,11 +231,11 @@ def _load_vision(load: _Loader, config: VisionConfig, pixels: PixelConfig) -> Vi
             norm_merged,
         )
 
-    def patch_embed(still: bool) -> PatchEmbed:
+    def patch_embed(still: bool) -> Linear:
         weight = load.raw("visual.patch_embed.proj.weight")
         bias = load.raw("visual.patch_embed.proj.bias")
-        folded = fold_normalisation(weight, bias, pixels, load.dtype, still=still)
-        return PatchEmbed(folded.weight.to(load.device), folded.bias.to(load.device))
+        weight, bias = fold_normalisation(weight, bias, pixels, load.dtype, still=still)
+        return load.ops.prepare([weight.to(load.device)], bias.to(load.device))
 
     def block(name: str) -> VisionBlock:
         return VisionBlock(
@@ -260,14 +265,14 @@ def _load_text(load: _Loader, num_layers: int) -> TextWeights:
         return TextLayer(
             input_norm=load(f"{name}.input_layernorm.weight"),
             q_proj=load.linear(f"{name}.self_attn.q_proj", bias=False),
-            k_proj=load.linear(f"{name}.self_attn.k_proj", bias=False),
-            v_proj=load.linear(f"{name}.self_attn.v_proj", bias=False),
+            kv_proj=load.linear(f"{name}.self_attn.k_proj", f"{name}.self_attn.v_proj", bias=False),
             q_norm=load(f"{name}.self_attn.q_norm.weight"),
             k_norm=load(f"{name}.self_attn.k_norm.weight"),
             o_proj=load.linear(f"{name}.self_attn.o_proj", bias=False),
             post_norm=load(f"{name}.post_attention_layernorm.weight"),
-            gate_proj=load.linear(f"{name}.mlp.gate_proj", bias=False),
-            up_proj=load.linear(f"{name}.mlp.up_proj", bias=False),
+            gate_up_proj=load.linear(
+                f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj", bias=False, gated=True
+            ),
             down_proj=load.linear(f"{name}.mlp.down_proj", bias=False),
         )
 
@@ -282,16 +287,20 @@ def load_weights(
     checkpoint: Checkpoint,
     config: ModelConfig,
     pixels: PixelConfig,
+    ops: Ops,
     *,
     dtype: torch.dtype | None,
     device: torch.device,
     answer_ids: tuple[int, int] | None,
+    quantization: Quantization | None = None,
 ) -> ModelWeights:
     """Check and load all weights.
 
-    On the CPU, and in the dtype of the file, every large tensor stays the mapped file itself.
+    With the reference ops, on the CPU and in the dtype of the file, every large tensor stays the
+    mapped file itself.
 
     Args:
+        ops: the backend that the linears are prepared for.
         dtype: None means the dtype that the token embedding is stored in.
         answer_ids: vocabulary entries of ``yes`` and ``no`` for a reranker, None for an embedder.
 
@@ -308,7 +317,8 @@ def load_weights(
     head_optional = answer_ids is None or config.tie_word_embeddings
     checkpoint.require(expected, frozenset({"lm_head.weight"} if head_optional else ()))
     embedding = f"{prefix}language_model.embed_tokens.weight"
-    load = _Loader(checkpoint, prefix, dtype or checkpoint.dtype(embedding), device)
+    dtype = dtype or checkpoint.dtype(embedding)
+    load = _Loader(checkpoint, prefix, ops, dtype, device, quantization)
     rows = None
     if answer_ids is not None:
         head = checkpoint.tensor(embedding if config.tie_word_embeddings else "lm_head.weight")

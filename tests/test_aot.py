@@ -55,4 +55,5 @@ def test_the_committed_table(target) -> None:
     rows = [row for row in read_table() if row.target == target]
     assert not [row for row in rows if broken(row)]
     ops = {name for name, _ in inspect.getmembers(Ops, inspect.isfunction)}
-    assert ops <= {row.op for row in rows}
+    # Preparing weights is no kernel, and the gated linear is a product and a swiglu.
+    assert ops - {"prepare", "gated_linear"} <= {row.op for row in rows}

@@ -14,6 +14,7 @@ from benchmarks.checkpoints import write_checkpoint
 from qvlfast import CheckpointError, Embedder, Reranker
 from qvlfast.checkpoint import Checkpoint, locate
 from qvlfast.config import load_config, load_pixel_config
+from qvlfast.ops import Ops
 from qvlfast.weights import expected_shapes, load_weights
 
 NORM = "model.language_model.norm.weight"
@@ -45,6 +46,7 @@ def load(folder: Path, *, dtype=None, answer_ids=None):
         Checkpoint(folder),
         load_config(folder),
         load_pixel_config(folder),
+        Ops(),
         dtype=dtype,
         device=torch.device("cpu"),
         answer_ids=answer_ids,
@@ -110,7 +112,7 @@ def test_large_weights_stay_the_mapped_file(tiny_checkpoint: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(tiny_checkpoint: Path, dtype: torch.dtype) -> None:
     weights = load(tiny_checkpoint, dtype=dtype, answer_ids=(9693, 2152))
-    assert weights.text.embedding.dtype == weights.vision.blocks[0].qkv.weight.dtype == dtype
+    assert weights.text.embedding.dtype == weights.vision.blocks[0].qkv.weight[0].dtype == dtype
     assert weights.answer_rows is not None and weights.answer_rows.dtype == torch.float32
     assert weights.vision.patch_still.bias.dtype == torch.float32
 

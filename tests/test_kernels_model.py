@@ -25,6 +25,8 @@ CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 
 OPS = {name for name, _ in inspect.getmembers(Ops, inspect.isfunction)}
+# The kernels of a model in floating point: preparing weights is none, and the gated linear is two.
+KERNELS = OPS - {"prepare", "gated_linear"} | {"swiglu"}
 
 ITEMS: list[Any] = [
     "a text",
@@ -44,7 +46,7 @@ def test_embedder_equals_the_reference(shape: str, request: pytest.FixtureReques
         assert embedder.backend == "triton"
         got = embedder.encode(ITEMS)
     assert np.abs(got - expected).max() < TOLERANCE
-    assert set(LAUNCHES) == OPS - {"score"}, "an op was computed by something else"
+    assert set(LAUNCHES) == KERNELS - {"score"}, "an op was computed by something else"
 
 
 def test_reranker_equals_the_reference(odd_checkpoint: Path) -> None:
@@ -58,7 +60,7 @@ def test_reranker_equals_the_reference(odd_checkpoint: Path) -> None:
 
     LAUNCHES.clear()
     got = scores("triton")
-    assert set(LAUNCHES) == OPS, "an op was computed by something else"
+    assert set(LAUNCHES) == KERNELS, "an op was computed by something else"
     np.testing.assert_allclose(got, scores("reference"), atol=TOLERANCE)
 
 
@@ -93,7 +95,7 @@ def widened(weights: Any) -> Any:
 
 
 def test_every_op_is_replaced() -> None:
-    assert set(vars(choose_ops("triton", CPU))) == OPS
+    assert {name for name in vars(type(choose_ops("triton", CPU))) if name in OPS} == OPS
     assert type(choose_ops("auto", CPU)) is Ops
     assert "triton" in BACKENDS
 
@@ -101,7 +103,8 @@ def test_every_op_is_replaced() -> None:
 def test_refusals_are_backend_errors() -> None:
     ops = choose_ops("triton", CPU)
     with pytest.raises(BackendError, match=r"backend 'triton' refuses linear: x is torch.float64"):
-        ops.linear(torch.zeros(1, 4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64))
+        x = torch.zeros(1, 4, dtype=torch.float64)
+        ops.linear(x, ops.prepare([x]))
 
 
 def run(code: str, **environment: str) -> str:

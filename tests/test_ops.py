@@ -10,6 +10,7 @@ import torch
 
 from qvlfast.config import PixelConfig
 from qvlfast.ops import Ops
+from qvlfast.ops.activation import gelu_erf, gelu_tanh, swiglu
 from qvlfast.weights import fold_normalisation
 
 # Rounding of the result to the dtype, relative to values of size one.
@@ -37,7 +38,7 @@ def test_linear(dtype, shape, bias) -> None:
     expected = x.double().numpy() @ w.double().numpy().T
     if b is not None:
         expected = expected + b.double().numpy()
-    check(Ops.linear(x, w, b), expected, dtype)
+    check(Ops.linear(x, Ops.prepare([w], b)), expected, dtype)
 
 
 def test_embed() -> None:
@@ -66,10 +67,10 @@ def test_activations() -> None:
     x, y = draw(6, 50) * 3, draw(6, 50, seed=1)
     wide = x.double().numpy()
     erf = np.vectorize(math.erf)
-    check(Ops.gelu_erf(x), wide / 2 * (1 + erf(wide / math.sqrt(2))))
+    check(gelu_erf(x), wide / 2 * (1 + erf(wide / math.sqrt(2))))
     inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
-    check(Ops.gelu_tanh(x), wide / 2 * (1 + np.tanh(inner)))
-    check(Ops.swiglu(x, y), wide / (1 + np.exp(-wide)) * y.double().numpy())
+    check(gelu_tanh(x), wide / 2 * (1 + np.tanh(inner)))
+    check(swiglu(x, y), wide / (1 + np.exp(-wide)) * y.double().numpy())
 
 
 def rotate(x, angle):
@@ -126,11 +127,10 @@ def test_patch_embed_equals_normalise_then_project(still) -> None:
     positions = draw(13, 24, seed=2)
     expected = normalised @ weight.double().numpy().reshape(24, -1).T
     expected += bias.double().numpy() + positions.double().numpy()
-    folded = fold_normalisation(weight, bias, pixels, torch.float32, still=still)
-    assert folded.weight.shape == (24, 3 * frames * 16)
-    got = Ops.patch_embed(
-        torch.from_numpy(patches.reshape(13, -1)), folded.weight, folded.bias, positions
-    )
+    folded, shift = fold_normalisation(weight, bias, pixels, torch.float32, still=still)
+    assert folded.shape == (24, 3 * frames * 16)
+    layer = Ops.prepare([folded], shift)
+    got = Ops.patch_embed(torch.from_numpy(patches.reshape(13, -1)), layer, positions)
     # Raw pixels reach 255, so the sum cancels from a few hundred down to one.
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-4)
 
@@ -148,9 +148,9 @@ def test_folding_in_bfloat16_rounds_as_little_as_the_reference() -> None:
         truth = normalised @ flat + bias.double().numpy()
         return np.sqrt(np.mean((got - truth) ** 2))
 
-    folded = fold_normalisation(weight, bias, pixels, torch.bfloat16, still=True)
-    product = patches.astype(np.float64) @ folded.weight.double().numpy().T
-    ours = error(product + folded.bias.double().numpy())
+    folded, shift = fold_normalisation(weight, bias, pixels, torch.bfloat16, still=True)
+    product = patches.astype(np.float64) @ folded.double().numpy().T
+    ours = error(product + shift.double().numpy())
     exact_bias = bias.double().numpy() - flat.sum(axis=0)
     careless = error(product + exact_bias)
     reference_pixels = torch.from_numpy(normalised).bfloat16().double().numpy()

@@ -85,22 +85,19 @@ def _layer(
     read: NDArray[np.int64] | None,
 ) -> tuple[Tensor, KeysValues]:
     cos, sin = tables
-    normed = ops.rms_norm(x, layer.input_norm, config.norm_eps)
-    shape = (len(x), -1, config.head_dim)
-    k = ops.linear(normed, layer.k_proj.weight).view(shape)
+    heads = (-1, config.head_dim)
+    normed = ops.rms_norm(x, layer.input_norm, config.norm_eps, rows=layer.kv_proj.rows)
+    k, v = (half.unflatten(1, heads) for half in ops.linear(normed, layer.kv_proj).chunk(2, dim=1))
     k = ops.norm_rope(k, layer.k_norm, cos, sin, config.norm_eps)
-    v = ops.linear(normed, layer.v_proj.weight).view(shape)
     if read is not None:
         rows = torch.from_numpy(read).to(x.device)
         x, normed, cos, sin = x[rows], normed[rows], cos[rows], sin[rows]
-    q = ops.linear(normed, layer.q_proj.weight).view(len(x), -1, config.head_dim)
+    q = ops.linear(normed, layer.q_proj).unflatten(1, heads)
     q = ops.norm_rope(q, layer.q_norm, cos, sin, config.norm_eps)
     all_k, all_v = (k, v) if past is None else (torch.cat((past[0], k)), torch.cat((past[1], v)))
     scale = config.head_dim**-0.5
     attended = ops.attention(q, all_k, all_v, batch.forest, causal=True, scale=scale, read=read)
-    x = x + ops.linear(attended.flatten(1), layer.o_proj.weight)
-    normed = ops.rms_norm(x, layer.post_norm, config.norm_eps)
-    gate = ops.linear(normed, layer.gate_proj.weight)
-    up = ops.linear(normed, layer.up_proj.weight)
-    x = x + ops.linear(ops.swiglu(gate, up), layer.down_proj.weight)
-    return x, (k, v)
+    x = ops.linear(attended.flatten(1), layer.o_proj, residual=x)
+    normed = ops.rms_norm(x, layer.post_norm, config.norm_eps, rows=layer.gate_up_proj.rows)
+    hidden = ops.gated_linear(normed, layer.gate_up_proj, rows=layer.down_proj.rows)
+    return ops.linear(hidden, layer.down_proj, residual=x), (k, v)

@@ -42,7 +42,7 @@ def _embed_patches(
         (batch.videos, weights.patch_video, positions[stills:]),
     ):
         if pixels.shape[0]:
-            parts.append(ops.patch_embed(pixels, embed.weight, embed.bias, place))
+            parts.append(ops.patch_embed(pixels, embed, place))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -56,22 +56,21 @@ def _block(
     sin: Tensor,
 ) -> Tensor:
     normed = ops.layer_norm(x, block.norm1.weight, block.norm1.bias, config.norm_eps)
-    qkv = ops.linear(normed, block.qkv.weight, block.qkv.bias)
+    qkv = ops.linear(normed, block.qkv)
     q, k, v = qkv.view(len(x), 3, config.num_heads, config.head_dim).unbind(1)
     q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
     scale = config.head_dim**-0.5
     attended = ops.attention(q, k, v, batch.forest, causal=False, scale=scale)
-    x = x + ops.linear(attended.flatten(1), block.proj.weight, block.proj.bias)
+    x = ops.linear(attended.flatten(1), block.proj, residual=x)
     normed = ops.layer_norm(x, block.norm2.weight, block.norm2.bias, config.norm_eps)
-    hidden = ops.gelu_tanh(ops.linear(normed, block.fc1.weight, block.fc1.bias))
-    return x + ops.linear(hidden, block.fc2.weight, block.fc2.bias)
+    hidden = ops.linear(normed, block.fc1, activation="gelu_tanh")
+    return ops.linear(hidden, block.fc2, residual=x)
 
 
 def _merge(ops: Ops, merger: Merger, config: VisionConfig, x: Tensor) -> Tensor:
     """Neighbouring patches are adjacent rows, so concatenating them is a view."""
     if merger.norm_merged:
         x = x.view(-1, config.merged_size)
-    x = ops.layer_norm(x, merger.norm.weight, merger.norm.bias, config.norm_eps)
-    x = x.view(-1, config.merged_size)
-    hidden = ops.gelu_erf(ops.linear(x, merger.fc1.weight, merger.fc1.bias))
-    return ops.linear(hidden, merger.fc2.weight, merger.fc2.bias)
+    normed = ops.layer_norm(x, merger.norm.weight, merger.norm.bias, config.norm_eps)
+    hidden = ops.linear(normed.view(-1, config.merged_size), merger.fc1, activation="gelu_erf")
+    return ops.linear(hidden, merger.fc2)

@@ -6,15 +6,15 @@ entries (:mod:`qvlfast.dispatch` chooses one).
 
 from __future__ import annotations
 
-from .activation import gelu_erf, gelu_tanh, swiglu
 from .attention import Forest, attention
 from .head import pool, score
-from .linear import embed, linear
+from .linear import Linear, Weight, embed, gated_linear, linear, prepare
 from .norm import layer_norm, rms_norm
 from .patch_embed import patch_embed, resample_positions
 from .rope import mrope_tables, norm_rope, rope, vision_rope_tables
+from .rows import QuantisedRows, RowFormat, Rows
 
-__all__ = ["Forest", "Ops"]
+__all__ = ["Forest", "Linear", "Ops", "QuantisedRows", "RowFormat", "Rows", "Weight"]
 
 
 class Ops:
@@ -22,13 +22,12 @@ class Ops:
 
     name = "reference"
 
+    prepare = staticmethod(prepare)
     linear = staticmethod(linear)
+    gated_linear = staticmethod(gated_linear)
     embed = staticmethod(embed)
     rms_norm = staticmethod(rms_norm)
     layer_norm = staticmethod(layer_norm)
-    gelu_tanh = staticmethod(gelu_tanh)
-    gelu_erf = staticmethod(gelu_erf)
-    swiglu = staticmethod(swiglu)
     mrope_tables = staticmethod(mrope_tables)
     vision_rope_tables = staticmethod(vision_rope_tables)
     rope = staticmethod(rope)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .norm import rms_norm
+from .norm import normalise
 
 
 def pool(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -18,7 +18,7 @@ def pool(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         ``[R, C]`` float32, not yet of unit length.
     """
-    return rms_norm(x.float(), weight, eps)
+    return normalise(x, weight, eps)
 
 
 def score(pooled: Tensor, answer_rows: Tensor) -> Tensor:

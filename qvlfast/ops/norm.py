@@ -5,20 +5,28 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import RowFormat, Rows, as_rows
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float") -> Rows:
     """x / sqrt(mean(x²) + eps) · weight over the last axis.
 
     Args:
-        x: ``[..., C]``.
+        x: ``[T, C]``.
         weight: ``[C]``.
+        rows: the form to return it in, that which the next linear wants.
 
     Returns:
-        The shape and dtype of ``x``.
+        The shape and dtype of ``x``, or quantised.
     """
+    return as_rows(normalise(x, weight, eps).to(x.dtype), rows)
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The float32 RMSNorm of ``[..., C]``."""
     wide = x.float()
     scale = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    return (wide * scale * weight.float()).to(x.dtype)
+    return wide * scale * weight.float()
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -8,21 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import Linear
 
-def patch_embed(pixels: Tensor, weight: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
+
+def patch_embed(pixels: Tensor, layer: Linear, positions: Tensor) -> Tensor:
     """pixels · weightᵀ + bias + positions, with the pixel normalisation already in the weights.
 
     Args:
         pixels: ``[N, K]`` uint8, one flattened patch a row.
-        weight: ``[C, K]``, see :func:`qvlfast.weights.fold_normalisation`.
-        bias: ``[C]`` float32.
+        layer: weight ``[C, K]`` and bias ``[C]`` float32, see
+            :func:`qvlfast.weights.fold_normalisation`.
         positions: ``[N, C]`` float32, see :func:`resample_positions`.
 
     Returns:
-        ``[N, C]`` in the dtype of ``weight``.
+        ``[N, C]`` in the dtype of the weight.
     """
+    (weight,) = layer.weight
     # 0..255 and the weights are exact in float32, so only the sum rounds.
-    return (F.linear(pixels.float(), weight.float(), bias) + positions).to(weight.dtype)
+    return (F.linear(pixels.float(), weight.float(), layer.bias) + positions).to(weight.dtype)
 
 
 def resample_positions(table: Tensor, grids: Sequence[tuple[int, int, int]], merge: int) -> Tensor:

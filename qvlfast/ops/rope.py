@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .norm import rms_norm
+from .norm import normalise
 
 
 def mrope_tables(
@@ -84,4 +84,4 @@ def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -
     Returns:
         ``[T, H, D]`` in the dtype of ``x``.
     """
-    return rope(rms_norm(x.float(), weight, eps), cos, sin).to(x.dtype)
+    return rope(normalise(x, weight, eps), cos, sin).to(x.dtype)

@@ -1,0 +1,1 @@
+"""Tables of ops other than the reference; :mod:`qvlfast.dispatch` chooses one."""

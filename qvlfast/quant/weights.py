@@ -1,0 +1,182 @@
+"""Quantised weights of a linear, and how they are made and read.
+
+int8 and fp8 have one scale for each output channel. int4 has two levels: each group of inputs has
+an integer multiplier beside the channel's scale, so that q · multiplier is an int8 weight exactly.
+One integer product then serves both formats, and its sum over K never stops for a scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+INT8_MOST = 127
+INT4_MOST = 7
+MULTIPLIER_MOST = 18  # 7 · 18 = 126 is the most that an int8 holds
+FP8_MOST = 448.0  # the largest finite e4m3
+# In place of the largest value of a channel of zeros.
+TINY = 1e-30
+
+_SEARCHED = 4  # multipliers tried below the one that clips nothing
+_ROWS = 1024  # channels that are worked on at once
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """weight = values · scale.
+
+    Attributes:
+        values: ``[N, K]`` int8 in −127 … 127.
+        scale: ``[N]`` float32.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.values.shape[0], self.values.shape[1]
+
+    def dequantise(self) -> Tensor:
+        """``[N, K]`` float32."""
+        return self.values.float() * self.scale[:, None]
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """weight = values · multiplier of the group · scale of the channel.
+
+    Attributes:
+        packed: ``[N, K / 2]`` uint8: value + 8 of input 2i in the low half of byte i, of input
+            2i + 1 in the high half; values are −7 … 7.
+        multiplier: ``[N, K / group]`` uint8 in 1 … 18.
+        scale: ``[N]`` float32.
+    """
+
+    packed: Tensor
+    multiplier: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.packed.shape[0], 2 * self.packed.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a multiplier."""
+        return self.shape[1] // self.multiplier.shape[1]
+
+    def values(self) -> Tensor:
+        """``[N, K]`` int8 in −7 … 7."""
+        low, high = self.packed & 15, self.packed >> 4
+        return torch.stack((low, high), dim=2).flatten(1).to(torch.int8) - 8
+
+    def widen(self) -> Int8Weight:
+        """The same weight, exactly, as int8."""
+        multiplier = self.multiplier.to(torch.int8).repeat_interleave(self.group, dim=1)
+        return Int8Weight(self.values() * multiplier, self.scale)
+
+    def dequantise(self) -> Tensor:
+        """``[N, K]`` float32."""
+        return self.widen().dequantise()
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """weight = values · scale.
+
+    Attributes:
+        values: ``[N, K]`` float8_e4m3fn.
+        scale: ``[N]`` float32.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.values.shape[0], self.values.shape[1]
+
+    def dequantise(self) -> Tensor:
+        """``[N, K]`` float32."""
+        return self.values.float() * self.scale[:, None]
+
+
+QuantisedWeight: TypeAlias = Int8Weight | Int4Weight | Fp8Weight
+
+
+def quantise_int8(weight: Tensor) -> Int8Weight:
+    """Round each channel to 255 levels: scale = max|w| / 127."""
+    most = weight.abs().amax(dim=1).float().clamp(min=TINY)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        wide = weight[rows].float() * (INT8_MOST / most[rows])[:, None]
+        values[rows] = wide.round().clamp(-INT8_MOST, INT8_MOST).to(torch.int8)
+    return Int8Weight(values, most / INT8_MOST)
+
+
+def quantise_fp8(weight: Tensor) -> Fp8Weight:
+    """Round each channel to e4m3: scale = max|w| / 448."""
+    most = weight.abs().amax(dim=1).float().clamp(min=TINY)
+    wide = weight.float() * (FP8_MOST / most)[:, None]
+    values = wide.clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
+    return Fp8Weight(values, most / FP8_MOST)
+
+
+def quantise_int4(weight: Tensor, group: int = 64) -> Int4Weight:
+    """Round to 15 levels a group; of the multipliers that clip little, the one that errs least.
+
+    The channel's scale is max|w| / 126, so that its largest group reaches the largest multiplier.
+
+    Raises:
+        ValueError: K is not a multiple of ``group``.
+    """
+    n, k = weight.shape
+    if k % group:
+        raise ValueError(f"a weight of {k} inputs has no groups of {group}")
+    packed = torch.empty((n, k // 2), dtype=torch.uint8, device=weight.device)
+    multiplier = torch.empty((n, k // group), dtype=torch.uint8, device=weight.device)
+    scale = weight.abs().amax(dim=1).float().clamp(min=TINY) / (INT4_MOST * MULTIPLIER_MOST)
+    for start in range(0, n, _ROWS):
+        rows = slice(start, start + _ROWS)
+        scaled = (weight[rows].float() / scale[rows][:, None]).view(-1, k // group, group)
+        values, chosen = _round_groups(scaled)
+        nibbles = (values.view(-1, k // 2, 2) + 8).to(torch.uint8)
+        packed[rows] = nibbles[..., 0] | (nibbles[..., 1] << 4)
+        multiplier[rows] = chosen.to(torch.uint8)
+    return Int4Weight(packed, multiplier, scale)
+
+
+def _round_groups(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Values ``[N, G, group]`` and multipliers ``[N, G]`` for weights in units of the scale."""
+    unclipped = (scaled.abs().amax(dim=2) / INT4_MOST).ceil().clamp(1, MULTIPLIER_MOST)
+    least = torch.full_like(unclipped, torch.inf)
+    chosen = unclipped.clone()
+    values = torch.zeros_like(scaled)
+    for below in range(_SEARCHED):
+        tried = (unclipped - below).clamp(min=1)
+        rounded = (scaled / tried[..., None]).round().clamp(-INT4_MOST, INT4_MOST)
+        error = (rounded * tried[..., None] - scaled).square().sum(dim=2)
+        better = error < least
+        least = torch.where(better, error, least)
+        chosen = torch.where(better, tried, chosen)
+        values = torch.where(better[..., None], rounded, values)
+    return values, chosen
+
+
+def quantise(weight: Tensor, form: str, group: int = 64) -> QuantisedWeight:
+    """``[N, K]`` float32, bfloat16 or float16 in the format named ``form``."""
+    if form == "int8":
+        return quantise_int8(weight)
+    if form == "int4":
+        return quantise_int4(weight, group)
+    if form == "fp8":
+        return quantise_fp8(weight)
+    raise ValueError(f"no weight format is named {form!r}")
