@@ -9,7 +9,7 @@ where no real token sees them, and the last layer computes the last token alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def write_frame(folder: Path, tokenizer: Tokenizer) -> None:
+def write_frame(folder: Path, tokenizer: Tokenizer, shape: Shape = SHAPE) -> None:
     """Everything of a checkpoint but its weights."""
     write_processor(folder)
     # A file of its own line for every merge is half as large again, and this is shipped.
@@ -101,7 +101,7 @@ def write_frame(folder: Path, tokenizer: Tokenizer) -> None:
     edit(
         "preprocessor_config.json", {"size": {"longest_edge": 1_843_200, "shortest_edge": PATCH**2}}
     )
-    document = config_json(SHAPE, "bfloat16", "rope_scaling", tied=True)
+    document = config_json(shape, "bfloat16", "rope_scaling", tied=True)
     for key, token in (
         ("image_token_id", "<|image_pad|>"),
         ("video_token_id", "<|video_pad|>"),
@@ -290,6 +290,8 @@ def read(
     rows: Rows,
     prefix: list[KeyValue],
     visual: tuple[Tensor, list[Tensor]] | None,
+    watch: Callable[[int, Tensor], None] | None = None,
+    depth: int | None = None,
 ) -> tuple[Tensor, list[KeyValue]]:
     """The text model on rows that go on from a prefix.
 
@@ -297,6 +299,8 @@ def read(
         text: ``Qwen3VLTextModel``.
         prefix: of :func:`read_prefix`; empty where the rows are whole prompts.
         visual: of :func:`see`, one picture a row.
+        watch: called after each layer but the last with its number and ``[B, S, hidden]``.
+        depth: stop after so many layers, before the final norm.
 
     Returns:
         The final hidden state of each row's last token ``[B, hidden]``, and the keys and values.
@@ -313,7 +317,7 @@ def read(
     causal = keys <= before + torch.arange(length)[:, None]  # [S, P + S]
     until_last = (keys <= before + rows.last[:, None])[:, None, None]  # [B, 1, 1, P + S]
     made: list[KeyValue] = []
-    for i, layer in enumerate(text.layers):
+    for i, layer in enumerate(text.layers[:depth]):
         attention, is_last = layer.self_attn, i == len(text.layers) - 1
         d = attention.head_dim
         h = layer.input_layernorm(x)
@@ -338,6 +342,10 @@ def read(
         x = x + layer.mlp(layer.post_attention_layernorm(x))
         if visual is not None and i < len(visual[1]):
             x = x.index_put(places, visual[1][i], accumulate=True)
+        if watch is not None and not is_last:
+            watch(i, x)
+    if depth is not None:
+        return x[every, rows.last], made
     return text.norm(x)[:, 0], made
 
 
