@@ -175,6 +175,9 @@ const char* isa_name(Isa isa) {
 }
 
 Isa best_isa() {
+#if defined(QVLFAST_EMULATE)
+  return Isa::amx;
+#else
   const CpuFeatures& f = cpu_features();
   if (!(f.avx2 && f.fma && f.f16c)) {
     return Isa::scalar;
@@ -186,6 +189,7 @@ Isa best_isa() {
     return Isa::avx512;
   }
   return Isa::amx;
+#endif
 }
 
 Isa isa() {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "bind_ops.h"
 #include "cpu.h"
 #include "parallel.h"
 #include "patches.h"
@@ -61,10 +62,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def(
       "isa", [] { return qvlfast::isa_name(qvlfast::isa()); },
       "The instruction set in use: scalar, avx2, avx512 or amx. QVLFAST_ISA forces less.");
+  m.def(
+      "best_isa", [] { return qvlfast::isa_name(qvlfast::best_isa()); },
+      "The best instruction set of this processor.");
   m.def("num_threads", &qvlfast::num_threads, "Threads that share the work of one kernel.");
   m.def("set_num_threads", &qvlfast::set_num_threads, py::arg("n"),
         "Sets the number of threads that share the work of one kernel.");
   m.def("extract_patches", &extract_patches, py::arg("frames").noconvert(), py::arg("patch"),
         py::arg("temporal"), py::arg("merge"),
         "uint8 [T, H, W, 3] frames to uint8 [N, K] patches in merge order.");
+  qvlfast::bind_ops(m);
 }

@@ -7,7 +7,7 @@ import torch
 from .errors import BackendError
 from .ops import Ops
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "native", "reference", "triton")
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -31,17 +31,50 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def choose_ops(backend: str, device: torch.device) -> Ops:
+def check_backend(backend: str) -> None:
+    """Raise BackendError unless there is such a backend."""
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
+
+
+def choose_ops(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    form: str | None = None,
+) -> Ops:
     """The table of implementations for ``backend`` on ``device``.
 
-    ``auto`` is the reference everywhere, on a GPU too: no kernel has been timed on one yet.
+    ``auto`` is ``native`` on a CPU, and the reference where that does not go: in float16, with
+    FP8 weights, and on a GPU, where no kernel has been timed yet.
+
+    Args:
+        dtype: of the activations.
+        form: of weights that are to be quantised, or None.
 
     Raises:
         BackendError: no such backend, or it does not run here.
     """
-    if backend not in BACKENDS:
-        raise BackendError(f"backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
-    return _triton_ops(device) if backend == "triton" else Ops()
+    check_backend(backend)
+    if backend == "triton":
+        return _triton_ops(device)
+    refusal = _native_refusal(device, dtype, form)
+    if backend == "native" and refusal:
+        raise BackendError(f"backend 'native' {refusal}: use backend='reference'")
+    if backend == "reference" or refusal:
+        return Ops()
+    from .backends.native import NativeOps
+
+    return NativeOps()
+
+
+def _native_refusal(device: torch.device, dtype: torch.dtype, form: str | None) -> str | None:
+    """Why the CPU kernels cannot run this, or None."""
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {str(device)!r}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"computes in float32 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    return "has no FP8 weights" if form == "fp8" else None
 
 
 def _triton_ops(device: torch.device) -> Ops:

@@ -35,7 +35,7 @@ def mrope_tables(
     axis = torch.zeros(half, dtype=torch.int64, device=device)
     axis[(index % 3 == 1) & (index < 3 * section[1])] = 1
     axis[(index % 3 == 2) & (index < 3 * section[2])] = 2
-    angle = positions.to(torch.float32)[axis].T * frequency  # [T, head_dim / 2]
+    angle = positions.to(torch.float32)[axis].T.contiguous() * frequency  # [T, head_dim / 2]
     return angle.cos(), angle.sin()
 
 

@@ -52,7 +52,8 @@ def quantise_rows(x: Tensor, form: RowFormat) -> QuantisedRows:
     finite = most.isfinite()
     bound = _MOST[form]
     most = most.clamp(min=TINY)
-    scaled = wide * (bound / most)[:, None]
+    # A tensor by a tensor: a number by a tensor is a product with the rounded inverse.
+    scaled = wide * (torch.full_like(most, bound) / most)[:, None]
     scaled = torch.where(finite[:, None], scaled, 0.0).clamp(-bound, bound)
     scale = torch.where(finite, most / bound, torch.nan)
     kind = torch.float8_e4m3fn if form == "fp8" else torch.int8

@@ -1,0 +1,266 @@
+#include "pack.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "bf16.h"
+#include "parallel.h"
+
+namespace qvlfast {
+namespace {
+
+constexpr int64_t kAlign = 64;
+// All of K of four panels of a small weight still make a task that is worth handing over.
+constexpr int64_t kPanelsAtOnce = 4;
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Shape and storage of a packed weight whose parts have these shapes.
+PackedWeight allocate(const std::vector<TensorView>& parts, Format format, int64_t group,
+                      bool gated, int64_t k_unit, int64_t eighths_of_byte) {
+  if (parts.empty()) {
+    throw std::invalid_argument("a weight needs at least one part");
+  }
+  PackedWeight w;
+  w.format = format;
+  w.gated = gated;
+  w.group = group;
+  w.k = parts[0].shape[1];
+  for (const TensorView& part : parts) {
+    if (part.ndim != 2 || part.shape[1] != w.k || w.k == 0 || part.shape[0] == 0) {
+      throw std::invalid_argument("a part of a weight is " + part.describe() + ", expected [N, " +
+                                  std::to_string(w.k) + "] with N and K of at least 1");
+    }
+    w.n += part.shape[0];
+  }
+  if (gated && (parts.size() != 2 || parts[0].shape[0] != parts[1].shape[0])) {
+    throw std::invalid_argument("a gated weight has two parts of equal shape, gate and up");
+  }
+  w.k_padded = round_up(w.k, k_unit);
+  w.panels = gated ? 2 * round_up(w.n / 2, kPanel) / kPanel : round_up(w.n, kPanel) / kPanel;
+  w.panel_bytes = kPanel * w.k_padded * eighths_of_byte / 8;
+  const int64_t bytes = w.panels * w.panel_bytes;
+  auto* memory = static_cast<uint8_t*>(
+      std::aligned_alloc(kAlign, static_cast<size_t>(round_up(bytes, kAlign))));
+  if (memory == nullptr) {
+    throw std::bad_alloc();
+  }
+  w.data = {memory, [](uint8_t* p) { std::free(p); }};
+  return w;
+}
+
+// Which part and row a channel is.
+struct Place {
+  size_t part;
+  int64_t row;
+};
+
+Place locate(const std::vector<TensorView>& parts, int64_t channel) {
+  size_t part = 0;
+  while (channel >= parts[part].shape[0]) {
+    channel -= parts[part].shape[0];
+    ++part;
+  }
+  return {part, channel};
+}
+
+void for_each_panel(const PackedWeight& w, const std::function<void(int64_t)>& fn) {
+  parallel_for(w.panels, kPanelsAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      fn(i);
+    }
+  });
+}
+
+std::vector<TensorView> values_of(const std::vector<QuantisedPart>& parts) {
+  std::vector<TensorView> values;
+  for (const QuantisedPart& part : parts) {
+    require("values of a weight", part.values, {-1, -1}, {DType::s8});
+    require_dense("scale of a weight", part.scale, {part.values.shape[0]}, {DType::f32});
+    values.push_back(part.values);
+  }
+  return values;
+}
+
+void copy_scales(PackedWeight& w, const std::vector<QuantisedPart>& parts,
+                 const std::vector<TensorView>& values) {
+  w.scale.assign(static_cast<size_t>(w.panels * kPanel), 0.0F);
+  for (int64_t place = 0; place < w.panels * kPanel; ++place) {
+    const int64_t channel = w.channel(place);
+    if (channel >= 0) {
+      const Place at = locate(values, channel);
+      w.scale[static_cast<size_t>(place)] = parts[at.part].scale.as<float>()[at.row];
+    }
+  }
+}
+
+}  // namespace
+
+const char* format_name(Format format) {
+  switch (format) {
+    case Format::f32:
+      return "f32";
+    case Format::bf16:
+      return "bf16";
+    case Format::int8:
+      return "int8";
+    case Format::int4:
+      return "int4";
+  }
+  throw std::logic_error("this is a bug: a Format without a name");
+}
+
+int64_t PackedWeight::nbytes() const {
+  return panels * panel_bytes + static_cast<int64_t>(multiplier.size()) +
+         4 * static_cast<int64_t>(scale.size() + column_sum.size());
+}
+
+int64_t PackedWeight::channel(int64_t place) const {
+  if (!gated) {
+    return place < n ? place : -1;
+  }
+  const int64_t panel = place / kPanel;
+  const int64_t within = panel / 2 * kPanel + place % kPanel;
+  return within < n / 2 ? within + panel % 2 * (n / 2) : -1;
+}
+
+PackedWeight pack_floats(const std::vector<TensorView>& parts, Format format, bool gated) {
+  if (format != Format::f32 && format != Format::bf16) {
+    throw std::invalid_argument("floats are packed as f32 or bf16");
+  }
+  for (const TensorView& part : parts) {
+    require("a part of a weight", part, {-1, -1}, {DType::f32, DType::bf16, DType::f16});
+  }
+  const bool narrow = format == Format::bf16;
+  PackedWeight w = allocate(parts, format, 0, gated, 32, narrow ? 16 : 32);
+  for_each_panel(w, [&](int64_t panel) {
+    uint8_t* out = w.data.get() + panel * w.panel_bytes;
+    std::memset(out, 0, static_cast<size_t>(w.panel_bytes));
+    for (int64_t c = 0; c < kPanel; ++c) {
+      const int64_t channel = w.channel(panel * kPanel + c);
+      if (channel < 0) {
+        continue;
+      }
+      const Place at = locate(parts, channel);
+      const TensorView& part = parts[at.part];
+      const void* row = part.row(at.row);
+      for (int64_t k = 0; k < w.k; ++k) {
+        if (narrow) {
+          // A bfloat16 goes through as it is, NaN included.
+          reinterpret_cast<uint16_t*>(out)[(k / 2 * kPanel + c) * 2 + k % 2] =
+              part.dtype == DType::bf16 ? static_cast<const uint16_t*>(row)[k]
+                                        : to_bf16(read_float(row, part.dtype, k));
+        } else {
+          reinterpret_cast<float*>(out)[k * kPanel + c] = read_float(row, part.dtype, k);
+        }
+      }
+    }
+  });
+  return w;
+}
+
+PackedWeight pack_int8(const std::vector<QuantisedPart>& parts, bool gated) {
+  const std::vector<TensorView> values = values_of(parts);
+  PackedWeight w = allocate(values, Format::int8, 0, gated, 64, 8);
+  copy_scales(w, parts, values);
+  w.column_sum.assign(static_cast<size_t>(w.panels * kPanel), 0);
+  for_each_panel(w, [&](int64_t panel) {
+    uint8_t* out = w.data.get() + panel * w.panel_bytes;
+    std::memset(out, 0, static_cast<size_t>(w.panel_bytes));
+    for (int64_t c = 0; c < kPanel; ++c) {
+      const int64_t channel = w.channel(panel * kPanel + c);
+      if (channel < 0) {
+        continue;
+      }
+      const Place at = locate(values, channel);
+      const auto* row = static_cast<const int8_t*>(values[at.part].row(at.row));
+      int32_t sum = 0;
+      for (int64_t k = 0; k < w.k; ++k) {
+        out[(k / 4 * kPanel + c) * 4 + k % 4] = static_cast<uint8_t>(row[k]);
+        sum += row[k];
+      }
+      w.column_sum[static_cast<size_t>(panel * kPanel + c)] = sum;
+    }
+  });
+  return w;
+}
+
+PackedWeight pack_int4(const std::vector<QuantisedPart>& parts, int64_t group, bool gated) {
+  if (group != 32 && group != 64 && group != 128) {
+    throw std::invalid_argument("group is " + std::to_string(group) + ", expected 32, 64 or 128");
+  }
+  const std::vector<TensorView> values = values_of(parts);
+  PackedWeight w = allocate(values, Format::int4, group, gated, std::max<int64_t>(group, 64), 4);
+  copy_scales(w, parts, values);
+  const int64_t given = (w.k + group - 1) / group;
+  for (const QuantisedPart& part : parts) {
+    require_dense("multiplier of a weight", part.multiplier, {part.values.shape[0], given},
+                  {DType::u8});
+  }
+  w.multiplier.assign(static_cast<size_t>(w.panels * w.groups() * kPanel), 1);
+  for_each_panel(w, [&](int64_t panel) {
+    uint8_t* out = w.data.get() + panel * w.panel_bytes;
+    std::memset(out, 0x88, static_cast<size_t>(w.panel_bytes));
+    for (int64_t c = 0; c < kPanel; ++c) {
+      const int64_t channel = w.channel(panel * kPanel + c);
+      if (channel < 0) {
+        continue;
+      }
+      const Place at = locate(values, channel);
+      const auto* row = static_cast<const int8_t*>(values[at.part].row(at.row));
+      for (int64_t k = 0; k < w.k; ++k) {
+        uint8_t& byte = out[(k / 8 * kPanel + c) * 4 + k % 4];
+        const auto nibble = static_cast<uint8_t>(row[k] + 8);
+        byte = k % 8 < 4 ? static_cast<uint8_t>((byte & 0xF0) | (nibble & 15))
+                         : static_cast<uint8_t>((byte & 0x0F) | (nibble << 4));
+      }
+      const auto* factors = static_cast<const uint8_t*>(parts[at.part].multiplier.row(at.row));
+      for (int64_t g = 0; g < given; ++g) {
+        w.multiplier[static_cast<size_t>((panel * w.groups() + g) * kPanel + c)] = factors[g];
+      }
+    }
+  });
+  return w;
+}
+
+void unpack(const PackedWeight& w, float* out) {
+  for_each_panel(w, [&](int64_t panel) {
+    const uint8_t* data = w.panel(panel);
+    for (int64_t c = 0; c < kPanel; ++c) {
+      const int64_t place = panel * kPanel + c;
+      const int64_t channel = w.channel(place);
+      if (channel < 0) {
+        continue;
+      }
+      for (int64_t k = 0; k < w.k; ++k) {
+        float value = 0.0F;
+        switch (w.format) {
+          case Format::f32:
+            value = reinterpret_cast<const float*>(data)[k * kPanel + c];
+            break;
+          case Format::bf16:
+            value = from_bf16(
+                reinterpret_cast<const uint16_t*>(data)[(k / 2 * kPanel + c) * 2 + k % 2]);
+            break;
+          case Format::int8:
+            value =
+                static_cast<float>(static_cast<int8_t>(data[(k / 4 * kPanel + c) * 4 + k % 4])) *
+                w.scale[static_cast<size_t>(place)];
+            break;
+          case Format::int4: {
+            const uint8_t byte = data[(k / 8 * kPanel + c) * 4 + k % 4];
+            const int q = (k % 8 < 4 ? byte & 15 : byte >> 4) - 8;
+            const int64_t at = (panel * w.groups() + k / w.group) * kPanel + c;
+            value = static_cast<float>(q * w.multiplier[static_cast<size_t>(at)]) *
+                    w.scale[static_cast<size_t>(place)];
+            break;
+          }
+        }
+        out[channel * w.k + k] = value;
+      }
+    }
+  });
+}
+
+}  // namespace qvlfast

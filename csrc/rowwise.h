@@ -1,0 +1,35 @@
+// Norms, rotary embeddings and the rounding of rows. Everything is computed in float32.
+#pragma once
+
+#include "cpu.h"
+#include "tensor.h"
+
+namespace qvlfast {
+
+// All throw std::invalid_argument for operands that do not fit. x may have rows apart, outputs are
+// dense. Floats are float32 or bfloat16, of x and out alike; weights and biases are float32 or
+// bfloat16.
+
+// values int8 [M, K], scale float32 [M]: scale = max(|x|, 1e-30) / 127, halves to the even
+// neighbour; a row with NaN or infinity in it becomes zeros with a scale of NaN.
+void quantise_rows(const TensorView& x, const TensorView& values, const TensorView& scale, Isa isa);
+
+// x / sqrt(mean(x²) + eps) · weight; x, out [M, C].
+void rms_norm(const TensorView& x, const TensorView& weight, float eps, const TensorView& out,
+              Isa isa);
+// The same, rounded to the dtype of x and then as `quantise_rows` does.
+void rms_norm_rows(const TensorView& x, const TensorView& weight, float eps,
+                   const TensorView& values, const TensorView& scale, Isa isa);
+
+// (x - mean) / sqrt(variance + eps) · weight + bias; x, out [M, C].
+void layer_norm(const TensorView& x, const TensorView& weight, const TensorView& bias, float eps,
+                const TensorView& out, Isa isa);
+
+// Each head's halves are rotated; x, out [T, H, D], cos and sin float32 [T, D / 2]. With `weight`
+// [D], RMSNorm of each head comes first.
+void rope(const TensorView& x, const TensorView& cos, const TensorView& sin, const TensorView& out,
+          Isa isa);
+void norm_rope(const TensorView& x, const TensorView& weight, const TensorView& cos,
+               const TensorView& sin, float eps, const TensorView& out, Isa isa);
+
+}  // namespace qvlfast

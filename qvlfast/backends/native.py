@@ -1,0 +1,150 @@
+"""The CPU backend: the ops that cost anything as calls into ``qvlfast._C``.
+
+Weights are packed once, when they are loaded, into the layout that the products read; the C++ side
+checks shapes, dtypes and strides, and docs/cpu.md describes the layouts. What is left out runs once
+a batch or is a copy, and is the reference's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils import dlpack
+
+from .. import _C
+from ..ops import Forest, Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
+from ..quant import Fp8Weight, Int4Weight, Int8Weight
+from ..quant.weights import quantise
+
+view = dlpack.to_dlpack  # type: ignore[attr-defined]  # public, and missing from its __all__
+_STORED = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def _maybe(x: Tensor | None) -> object:
+    return None if x is None else view(x)
+
+
+def _prepare(
+    parts: Sequence[Weight],
+    bias: Tensor | None = None,
+    *,
+    form: str | None = None,
+    group: int = 64,
+    gated: bool = False,
+) -> Linear:
+    bias = None if bias is None else bias.float().contiguous()
+    wide: list[Weight] = [
+        part.dequantise().bfloat16() if isinstance(part, Fp8Weight) else part for part in parts
+    ]
+    if form is not None:
+        wide = [quantise(part, form, group) if isinstance(part, Tensor) else part for part in wide]
+    tensors = [part for part in wide if isinstance(part, Tensor)]
+    fours = [part for part in wide if isinstance(part, Int4Weight)]
+    if tensors:
+        packed = _C.pack_floats([view(t) for t in tensors], _STORED[tensors[0].dtype], gated)
+        return Linear(packed, bias)
+    if len(fours) == len(wide) and len({four.group for four in fours}) == 1:
+        triples = [(view(f.values()), view(f.multiplier), view(f.scale)) for f in fours]
+        packed = _C.pack_int4(triples, fours[0].group, gated)
+    else:
+        eights = [part.widen() if isinstance(part, Int4Weight) else part for part in wide]
+        pairs = [(view(e.values), view(e.scale)) for e in eights if isinstance(e, Int8Weight)]
+        packed = _C.pack_int8(pairs, gated)
+    return Linear(packed, bias, "int8")
+
+
+def _linear(
+    x: Rows, layer: Linear, *, activation: str | None = None, residual: Tensor | None = None
+) -> Tensor:
+    packed = layer.weight
+    out = torch.empty(len(x), packed.n // 2 if packed.gated else packed.n, dtype=x.dtype)
+    values, scale = (x, None) if isinstance(x, Tensor) else (x.values, x.scale)
+    rest = (_maybe(layer.bias), activation or "none", _maybe(residual), view(out))
+    _C.gemm(view(values), _maybe(scale), packed, *rest)
+    return out
+
+
+def _gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:
+    out = _linear(x, layer, activation="swiglu")
+    return out if rows == "float" else _quantise(out)
+
+
+def _quantise(x: Tensor) -> QuantisedRows:
+    rows = _new_rows(x)
+    _C.quantise_rows(view(x), view(rows.values), view(rows.scale))
+    return rows
+
+
+def _new_rows(x: Tensor) -> QuantisedRows:
+    values = torch.empty(x.shape, dtype=torch.int8)
+    return QuantisedRows(values, torch.empty(len(x), dtype=torch.float32), x.dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float") -> Rows:
+    if rows == "float":
+        out = torch.empty(x.shape, dtype=x.dtype)
+        _C.rms_norm(view(x), view(weight), eps, view(out))
+        return out
+    made = _new_rows(x)
+    _C.rms_norm_rows(view(x), view(weight), eps, view(made.values), view(made.scale))
+    return made
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.layer_norm(view(x), view(weight), view(bias), eps, view(out))
+    return out
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.rope(view(x), view(cos), view(sin), view(out))
+    return out
+
+
+def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _C.norm_rope(view(x), view(weight), view(cos), view(sin), eps, view(out))
+    return out
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forest: Forest,
+    *,
+    causal: bool,
+    scale: float,
+    read: NDArray[np.int64] | None = None,
+) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype)
+    edges = (forest.cu_q, forest.cu_k, forest.parent)
+    _C.attention(view(q), view(k), view(v), *edges, causal, scale, read, view(out))
+    return out
+
+
+def _patch_embed(pixels: Tensor, layer: Linear, positions: Tensor) -> Tensor:
+    # 0 … 255 are exact in both dtypes.
+    dtype = torch.float32 if layer.weight.format == "f32" else torch.bfloat16
+    return _linear(pixels.to(dtype), layer, residual=positions)
+
+
+class NativeOps(Ops):
+    """The table with the ops that cost anything in C++."""
+
+    name = "native"
+
+    prepare = staticmethod(_prepare)
+    linear = staticmethod(_linear)
+    gated_linear = staticmethod(_gated_linear)
+    rms_norm = staticmethod(_rms_norm)
+    layer_norm = staticmethod(_layer_norm)
+    rope = staticmethod(_rope)
+    norm_rope = staticmethod(_norm_rope)
+    attention = staticmethod(_attention)
+    patch_embed = staticmethod(_patch_embed)
