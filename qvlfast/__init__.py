@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .embedder import Embedder
     from .engine import Usage
     from .errors import BackendError, BatchError, CheckpointError, InputError, QvlfastError
+    from .quant import Quantization
     from .reranker import Reranker
     from .runtime import Encoded, TruncationWarning
 
@@ -20,6 +21,7 @@ __all__ = [
     "Embedder",
     "Encoded",
     "InputError",
+    "Quantization",
     "QvlfastError",
     "Reranker",
     "TruncationWarning",
@@ -35,6 +37,7 @@ _PLACES = {
     "Embedder": "embedder",
     "Encoded": "runtime",
     "InputError": "errors",
+    "Quantization": "quant",
     "QvlfastError": "errors",
     "Reranker": "reranker",
     "TruncationWarning": "runtime",

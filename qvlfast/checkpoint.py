@@ -17,7 +17,7 @@ WEIGHT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
-_INDEX = "model.safetensors.index.json"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 def locate(
@@ -90,12 +90,12 @@ class Checkpoint:
         wrong = [n for n, path in indexed.items() if self._owner.get(n) != path]
         if wrong:
             raise CheckpointError(
-                f"{folder / _INDEX} places {wrong[0]} in {indexed[wrong[0]].name}, which does not "
-                f"hold it ({len(wrong)} such entries): the shards are of different downloads"
+                f"{folder / INDEX_NAME} places {wrong[0]} in {indexed[wrong[0]].name}, which does "
+                f"not hold it ({len(wrong)} such entries): the shards are of different downloads"
             )
 
     def _read_index(self) -> dict[str, Path]:
-        path = self.folder / _INDEX
+        path = self.folder / INDEX_NAME
         if not path.exists():
             return {}
         try:
@@ -108,7 +108,7 @@ class Checkpoint:
         missing = sorted({p.name for p in index.values() if not p.exists()})
         if missing:
             raise CheckpointError(
-                f"{self.folder} lacks {', '.join(missing)}, which {_INDEX} names: "
+                f"{self.folder} lacks {', '.join(missing)}, which {INDEX_NAME} names: "
                 "the download is incomplete"
             )
         return index
@@ -147,12 +147,18 @@ class Checkpoint:
             self.shapes[name] = tuple(view.get_shape())
             self.dtypes[name] = view.get_dtype()
 
-    def require(self, expected: Mapping[str, tuple[int, ...]], optional: frozenset[str]) -> None:
+    def require(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        optional: frozenset[str],
+        quantised: frozenset[str] = frozenset(),
+    ) -> None:
         """Check that the files hold exactly the ``expected`` tensors.
 
         Args:
             expected: name → shape.
             optional: names that may be absent.
+            quantised: names that may be of any dtype.
 
         Raises:
             CheckpointError: names every kind of mismatch: missing, left over, misshapen, of a
@@ -168,7 +174,7 @@ class Checkpoint:
         wrong_type = [
             f"{n} is {dtype}, expected one of {', '.join(WEIGHT_DTYPES)}"
             for n, dtype in self.dtypes.items()
-            if dtype not in WEIGHT_DTYPES and n in expected
+            if dtype not in WEIGHT_DTYPES and n in expected and n not in quantised
         ]
         problems = {
             "missing": missing,
@@ -185,6 +191,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}: the weights do not fit config.json\n  " + "\n  ".join(lines)
             )
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds ``name``."""
+        return self._owner[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """The torch dtype that ``name`` is stored in."""

@@ -16,6 +16,9 @@ from .errors import CheckpointError
 
 MODEL_TYPES = ("qwen3_vl",)
 
+# Makers of quantised checkpoints that are read, as `quantization_config` names them.
+QUANT_METHODS = ("compressed-tensors",)
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -212,6 +215,15 @@ def _vision_config(reader: _Reader) -> VisionConfig:
     return config
 
 
+def _check_quantization(values: Any, path: Path) -> None:
+    method = values.get("quant_method") if isinstance(values, dict) else None
+    if values is not None and method not in QUANT_METHODS:
+        raise CheckpointError(
+            f"{path}: the weights are quantised by {method!r}; this package reads "
+            f"{', '.join(QUANT_METHODS)}, or take the original checkpoint with quantization='int8'"
+        )
+
+
 def load_config(folder: Path) -> ModelConfig:
     """Read ``config.json`` of a checkpoint folder.
 
@@ -226,6 +238,7 @@ def load_config(folder: Path) -> ModelConfig:
             f"{path}: model_type is {model_type!r}; this package runs {', '.join(MODEL_TYPES)} "
             "(Qwen3-VL-Embedding and Qwen3-VL-Reranker)"
         )
+    _check_quantization(values.get("quantization_config"), path)
     reader = _Reader(values, str(path))
     text_reader = reader.child("text_config")
     text = _text_config(text_reader)

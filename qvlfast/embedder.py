@@ -17,6 +17,7 @@ from .engine import Answer, Usage
 from .errors import BatchError
 from .inputs import parse_item
 from .prompt import Prompt
+from .quant import Quantization
 from .runtime import (
     EMPTY,
     UNLIMITED,
@@ -53,6 +54,7 @@ class Embedder:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
+        quantization: str | Quantization | None = None,
         default_instruction: str | None = None,
         max_length: int = 8192,
         truncate: bool = True,
@@ -75,7 +77,10 @@ class Embedder:
                 ``Qwen/Qwen3-VL-Embedding-2B``.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
             dtype: ``auto`` (that of the checkpoint), ``float32``, ``bfloat16`` or ``float16``.
-            backend: ``auto``, ``reference`` or ``triton``; ``auto`` is the reference so far.
+            backend: ``auto``, ``native`` (the CPU kernels), ``reference`` or ``triton``;
+                ``auto`` is ``native`` on a CPU and the reference on a GPU.
+            quantization: quantise while loading: ``int8``, ``int4``, ``fp8``, or a
+                :class:`qvlfast.Quantization` that says more; None keeps what is stored.
             default_instruction: for inputs that name none; None is the model's own,
                 ``Represent the user's input.``
             max_length: the most tokens an input may have.
@@ -112,6 +117,7 @@ class Embedder:
             device=device,
             dtype=dtype,
             backend=backend,
+            quantization=quantization,
             batch_tokens=batch_tokens,
             batch_patches=batch_patches,
             share_prefixes=share_prefixes,

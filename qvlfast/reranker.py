@@ -18,6 +18,7 @@ from .errors import BatchError, InputError
 from .inputs import Item, parse_item
 from .pixels import Patches
 from .prompt import Prompt
+from .quant import Quantization
 from .runtime import (
     EMPTY,
     UNLIMITED,
@@ -53,6 +54,7 @@ class Reranker:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
+        quantization: str | Quantization | None = None,
         default_instruction: str | None = None,
         max_length: int = 10_240,
         truncate: bool = True,
@@ -94,6 +96,7 @@ class Reranker:
             device=device,
             dtype=dtype,
             backend=backend,
+            quantization=quantization,
             batch_tokens=batch_tokens,
             batch_patches=batch_patches,
             share_prefixes=share_prefixes,

@@ -18,16 +18,17 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, locate
 from .config import ModelConfig, load_config, load_pixel_config
-from .dispatch import choose_device, choose_ops
+from .dispatch import check_backend, choose_device, choose_ops
 from .engine import Answer, Engine, Usage
 from .inputs import Item
 from .media import MediaPolicy
 from .model import Model
 from .pixels import Patches, PixelLimits
 from .prompt import Prompt, Prompter
+from .quant import Quantization
 from .scheduler import Budget
 from .video import item_patches
-from .weights import load_weights
+from .weights import load_weights, stored_dtype
 
 DTYPES = {
     "auto": None,
@@ -156,6 +157,7 @@ class Runtime:
         device: str | torch.device,
         dtype: str | torch.dtype,
         backend: str,
+        quantization: str | Quantization | None,
         batch_tokens: int,
         batch_patches: int,
         share_prefixes: bool,
@@ -164,21 +166,26 @@ class Runtime:
     ) -> Runtime:
         """Load a checkpoint; the arguments are those of ``from_pretrained``."""
         torch_device = choose_device(device)
-        ops = choose_ops(backend, torch_device)
         torch_dtype = parse_dtype(dtype)
+        plan = Quantization.parse(quantization)
         budget = Budget(batch_tokens, batch_patches)
+        check_backend(backend)
         folder = locate(model, revision=revision, local_files_only=local_files_only)
         config = load_config(folder)
+        checkpoint = Checkpoint(folder)
+        torch_dtype = torch_dtype or stored_dtype(checkpoint)
+        ops = choose_ops(backend, torch_device, torch_dtype, plan.format if plan else None)
         prompter = Prompter(folder, config)
         answer_ids = (prompter.token_id("yes"), prompter.token_id("no")) if reranker else None
         weights = load_weights(
-            Checkpoint(folder),
+            checkpoint,
             config,
             load_pixel_config(folder),
             ops,
             dtype=torch_dtype,
             device=torch_device,
             answer_ids=answer_ids,
+            quantization=plan,
         )
         network = Model(config, weights, ops)
         engine = Engine(network, torch_device, budget, share_prefixes=share_prefixes)

@@ -6,16 +6,18 @@ checkpoints saved from the bare ``Qwen3VLModel``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .checkpoint import WEIGHT_DTYPES, Checkpoint
 from .config import ModelConfig, PixelConfig, VisionConfig
 from .errors import CheckpointError
-from .ops import Linear, Ops
+from .ops import Linear, Ops, Weight
 from .quant import Quantization
+from .quant.stored import Stored, find_stored, load_stored
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device,
         quantization: Quantization | None,
+        stored: Mapping[str, Stored],
     ) -> None:
         self.checkpoint = checkpoint
         self.prefix = prefix
@@ -199,6 +202,7 @@ class _Loader:
         self.dtype = dtype
         self.device = device
         self.quantization = quantization
+        self.stored = stored
 
     def raw(self, name: str) -> Tensor:
         return self.checkpoint.tensor(self.prefix + name)
@@ -211,12 +215,19 @@ class _Loader:
         plan = self.quantization
         form = plan.format if plan and all(plan.covers(name) for name in names) else None
         return self.ops.prepare(
-            [self(f"{name}.weight") for name in names],
+            [self.weight(f"{name}.weight") for name in names],
             torch.cat([self(f"{name}.bias") for name in names]) if bias else None,
             form=form,
             group=plan.group if plan else 64,
             gated=gated,
         )
+
+    def weight(self, name: str) -> Weight:
+        """A linear's weight, as it is stored."""
+        stored = self.stored.get(self.prefix + name)
+        if stored is None:
+            return self(name)
+        return load_stored(self.checkpoint, self.prefix + name, stored).to(self.device)
 
     def norm(self, name: str) -> LayerNorm:
         return LayerNorm(self(f"{name}.weight"), self(f"{name}.bias"))
@@ -283,13 +294,21 @@ def _load_text(load: _Loader, num_layers: int) -> TextWeights:
     )
 
 
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What ``dtype="auto"`` means: the dtype of the token embedding."""
+    for name in ("model.language_model.embed_tokens.weight", "language_model.embed_tokens.weight"):
+        if checkpoint.dtypes.get(name) in WEIGHT_DTYPES:
+            return checkpoint.dtype(name)
+    return torch.float32  # loading says what is wrong with it
+
+
 def load_weights(
     checkpoint: Checkpoint,
     config: ModelConfig,
     pixels: PixelConfig,
     ops: Ops,
     *,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     device: torch.device,
     answer_ids: tuple[int, int] | None,
     quantization: Quantization | None = None,
@@ -301,8 +320,9 @@ def load_weights(
 
     Args:
         ops: the backend that the linears are prepared for.
-        dtype: None means the dtype that the token embedding is stored in.
+        dtype: of the activations and of all weights that are not quantised.
         answer_ids: vocabulary entries of ``yes`` and ``no`` for a reranker, None for an embedder.
+        quantization: what to quantise of the linears that are stored in floating point.
 
     Raises:
         CheckpointError: a tensor is missing, left over, misshapen or of a wrong type.
@@ -315,10 +335,16 @@ def load_weights(
     # An embedder has no use for the head, and a tied head is the embedding itself; files of both
     # kinds exist with and without it.
     head_optional = answer_ids is None or config.tie_word_embeddings
-    checkpoint.require(expected, frozenset({"lm_head.weight"} if head_optional else ()))
+    stored = find_stored(checkpoint, expected)
+    parts = {part: shape for linear in stored.values() for part, shape in linear.shapes.items()}
+    expected = {name: shape for name, shape in expected.items() if name not in stored} | parts
+    checkpoint.require(
+        expected,
+        optional=frozenset({"lm_head.weight"} if head_optional else ()),
+        quantised=frozenset(parts),
+    )
     embedding = f"{prefix}language_model.embed_tokens.weight"
-    dtype = dtype or checkpoint.dtype(embedding)
-    load = _Loader(checkpoint, prefix, ops, dtype, device, quantization)
+    load = _Loader(checkpoint, prefix, ops, dtype, device, quantization, stored)
     rows = None
     if answer_ids is not None:
         head = checkpoint.tensor(embedding if config.tie_word_embeddings else "lm_head.weight")

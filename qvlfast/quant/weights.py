@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 INT8_MOST = 127
@@ -36,6 +37,10 @@ class Int8Weight:
     values: Tensor
     scale: Tensor
 
+    def to(self, device: torch.device) -> Int8Weight:
+        """A copy on ``device``."""
+        return Int8Weight(self.values.to(device), self.scale.to(device))
+
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
@@ -53,23 +58,25 @@ class Int4Weight:
     Attributes:
         packed: ``[N, K / 2]`` uint8: value + 8 of input 2i in the low half of byte i, of input
             2i + 1 in the high half; values are −7 … 7.
-        multiplier: ``[N, K / group]`` uint8 in 1 … 18.
+        multiplier: ``[N, K / group]`` uint8 in 1 … 18; the last group may be smaller.
         scale: ``[N]`` float32.
+        group: inputs that share a multiplier.
     """
 
     packed: Tensor
     multiplier: Tensor
     scale: Tensor
+    group: int
+
+    def to(self, device: torch.device) -> Int4Weight:
+        """A copy on ``device``."""
+        packed, multiplier = self.packed.to(device), self.multiplier.to(device)
+        return Int4Weight(packed, multiplier, self.scale.to(device), self.group)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.packed.shape[0], 2 * self.packed.shape[1]
-
-    @property
-    def group(self) -> int:
-        """Inputs that share a multiplier."""
-        return self.shape[1] // self.multiplier.shape[1]
 
     def values(self) -> Tensor:
         """``[N, K]`` int8 in −7 … 7."""
@@ -79,7 +86,7 @@ class Int4Weight:
     def widen(self) -> Int8Weight:
         """The same weight, exactly, as int8."""
         multiplier = self.multiplier.to(torch.int8).repeat_interleave(self.group, dim=1)
-        return Int8Weight(self.values() * multiplier, self.scale)
+        return Int8Weight(self.values() * multiplier[:, : self.shape[1]], self.scale)
 
     def dequantise(self) -> Tensor:
         """``[N, K]`` float32."""
@@ -97,6 +104,10 @@ class Fp8Weight:
 
     values: Tensor
     scale: Tensor
+
+    def to(self, device: torch.device) -> Fp8Weight:
+        """A copy on ``device``."""
+        return Fp8Weight(self.values.to(device), self.scale.to(device))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -136,22 +147,32 @@ def quantise_int4(weight: Tensor, group: int = 64) -> Int4Weight:
     The channel's scale is max|w| / 126, so that its largest group reaches the largest multiplier.
 
     Raises:
-        ValueError: K is not a multiple of ``group``.
+        ValueError: K is odd.
     """
     n, k = weight.shape
-    if k % group:
-        raise ValueError(f"a weight of {k} inputs has no groups of {group}")
+    if k % 2:
+        raise ValueError(f"a weight of {k} inputs cannot be packed in pairs")
+    groups = -(-k // group)
     packed = torch.empty((n, k // 2), dtype=torch.uint8, device=weight.device)
-    multiplier = torch.empty((n, k // group), dtype=torch.uint8, device=weight.device)
+    multiplier = torch.empty((n, groups), dtype=torch.uint8, device=weight.device)
     scale = weight.abs().amax(dim=1).float().clamp(min=TINY) / (INT4_MOST * MULTIPLIER_MOST)
+    # Rounded up to 16 significant bits: scale times multiplier is exact, so that a file which
+    # holds the products alone gives both back.
+    scale = ((scale.view(torch.int32) + 255) & ~255).view(torch.float32)
     for start in range(0, n, _ROWS):
         rows = slice(start, start + _ROWS)
-        scaled = (weight[rows].float() / scale[rows][:, None]).view(-1, k // group, group)
+        scaled = weight[rows].float() / scale[rows][:, None]
+        scaled = F.pad(scaled, (0, groups * group - k)).view(-1, groups, group)
         values, chosen = _round_groups(scaled)
-        nibbles = (values.view(-1, k // 2, 2) + 8).to(torch.uint8)
-        packed[rows] = nibbles[..., 0] | (nibbles[..., 1] << 4)
+        packed[rows] = pack_nibbles(values.flatten(1)[:, :k])
         multiplier[rows] = chosen.to(torch.uint8)
-    return Int4Weight(packed, multiplier, scale)
+    return Int4Weight(packed, multiplier, scale, group)
+
+
+def pack_nibbles(values: Tensor) -> Tensor:
+    """``[N, K]`` of −7 … 7 as :attr:`Int4Weight.packed`."""
+    nibbles = (values + 8).to(torch.uint8)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
 
 def _round_groups(scaled: Tensor) -> tuple[Tensor, Tensor]:
