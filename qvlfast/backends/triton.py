@@ -14,6 +14,7 @@ from ..kernels.attention import attention
 from ..kernels.common import RefusalError
 from ..kernels.embed import add_rows, embed
 from ..kernels.gemm import linear, linear_quantised
+from ..kernels.gemm_int4 import Int4Packed, linear_int4, pack_int4
 from ..kernels.norm import layer_norm, rms_norm
 from ..kernels.patch_embed import patch_embed
 from ..kernels.pool import pool, score
@@ -51,6 +52,10 @@ def _prepare(
     tensors = [part for part in made if isinstance(part, Tensor)]
     if len(tensors) == len(made):
         return Linear(tensors[0] if len(tensors) == 1 else torch.cat(tensors), bias)
+    fours = [part for part in made if isinstance(part, Int4Weight)]
+    if len(fours) == len(made) and len({four.group for four in fours}) == 1:
+        triples = [(four.values(), four.multiplier, four.scale) for four in fours]
+        return Linear(pack_int4(triples, fours[0].group), bias, "int8")
     wide = [part.widen() if isinstance(part, Int4Weight) else part for part in made]
     eights = [part for part in wide if isinstance(part, Int8Weight)]
     if len(eights) == len(wide):
@@ -74,6 +79,10 @@ def _product(x: Rows, layer: Linear, **epilogue: Any) -> Tensor:
         return linear(rows, weight, layer.bias, **epilogue)
     if isinstance(weight, Tensor) or isinstance(rows, Tensor):
         raise RefusalError("linear: quantised rows meet a weight that is not quantised")
+    if isinstance(weight, Int4Packed):
+        return linear_int4(
+            rows.values, rows.scale, weight, layer.bias, dtype=rows.dtype, **epilogue
+        )
     return linear_quantised(
         rows.values,
         rows.scale,
