@@ -43,7 +43,7 @@ SHARED_KB = {
     "sm_120": 99,
 }
 # mma.sync, wgmma and tcgen05 in machine code.
-MATRIX = re.compile(r"\b(HMMA|IMMA|HGMMA|IGMMA|UTC[HIQ]MMA)\b")
+MATRIX = re.compile(r"\b(HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA|UTC[HIQ]MMA)\b")
 ASYNC_COPY = re.compile(r"\b(LDGSTS|UTMALDG)\b")
 SPILL = re.compile(r"\b(STL|LDL)\b")
 FLOAT32_SPILLS = 16
@@ -167,7 +167,7 @@ def broken(row: Row) -> str:
     if row.shared_bytes > SHARED_KB[row.target] * 1024:
         return f"{row.shared_bytes} bytes of shared memory, at most {SHARED_KB[row.target]} KB fit"
     if (
-        row.op in ("linear", "linear_int8", "patch_embed", "attention")
+        ("linear" in row.op or row.op in ("patch_embed", "attention"))
         and row.dtype != "float32"
         and not row.matrix
     ):

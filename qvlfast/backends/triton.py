@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from ..kernels.activation import gelu_erf, gelu_tanh, swiglu
 from ..kernels.attention import attention
 from ..kernels.common import RefusalError
-from ..kernels.embed import embed
-from ..kernels.gemm import linear
-from ..kernels.gemm_int8 import linear_int8, quantise_rows
+from ..kernels.embed import add_rows, embed
+from ..kernels.gemm import linear, linear_quantised
 from ..kernels.norm import layer_norm, rms_norm
-from ..kernels.patch_embed import patch_embed, resample_positions
+from ..kernels.patch_embed import patch_embed
 from ..kernels.pool import pool, score
+from ..kernels.quantise import quantise_rows, require_form
 from ..kernels.rope import mrope_tables, norm_rope, rope, vision_rope_tables
 from ..ops import Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
-from ..quant import Int4Weight, Int8Weight, quantise
+from ..quant import Fp8Weight, Int4Weight, Int8Weight, quantise
 
 
 def _guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,63 +45,88 @@ def _prepare(
     group: int = 64,
     gated: bool = False,
 ) -> Linear:
-    if form is None and all(isinstance(part, Tensor) for part in parts):
-        tensors = [part for part in parts if isinstance(part, Tensor)]
+    made = [
+        quantise(p, form, group) if form is not None and isinstance(p, Tensor) else p for p in parts
+    ]
+    tensors = [part for part in made if isinstance(part, Tensor)]
+    if len(tensors) == len(made):
         return Linear(tensors[0] if len(tensors) == 1 else torch.cat(tensors), bias)
-    made = [quantise(p, form or "", group) if isinstance(p, Tensor) else p for p in parts]
     wide = [part.widen() if isinstance(part, Int4Weight) else part for part in made]
     eights = [part for part in wide if isinstance(part, Int8Weight)]
-    if len(eights) < len(wide):
-        raise RefusalError(f"prepare: weights of format {form!r}")
-    values, scale = torch.cat([w.values for w in eights]), torch.cat([w.scale for w in eights])
-    return Linear(Int8Weight(values, scale), bias, "int8")
+    if len(eights) == len(wide):
+        values, scale = torch.cat([w.values for w in eights]), torch.cat([w.scale for w in eights])
+        return Linear(Int8Weight(values, scale), bias, "int8")
+    bytes_ = [part for part in made if isinstance(part, Fp8Weight)]
+    if len(bytes_) == len(made):
+        require_form("prepare", "fp8", bytes_[0].values.device)
+        # As bytes: torch concatenates no e4m3.
+        values = torch.cat([w.values.view(torch.int8) for w in bytes_])
+        scale = torch.cat([w.scale for w in bytes_])
+        return Linear(Fp8Weight(values.view(torch.float8_e4m3fn), scale), bias, "fp8")
+    kinds = ", ".join(type(part).__name__ for part in made)
+    raise RefusalError(f"prepare: weights of several formats in one linear: {kinds}")
+
+
+def _product(x: Rows, layer: Linear, **epilogue: Any) -> Tensor:
+    rows = _as_rows(x, layer.rows) if isinstance(x, Tensor) else x
+    weight = layer.weight
+    if isinstance(weight, Tensor) and isinstance(rows, Tensor):
+        return linear(rows, weight, layer.bias, **epilogue)
+    if isinstance(weight, Tensor) or isinstance(rows, Tensor):
+        raise RefusalError("linear: quantised rows meet a weight that is not quantised")
+    return linear_quantised(
+        rows.values,
+        rows.scale,
+        weight.values,
+        weight.scale,
+        layer.bias,
+        dtype=rows.dtype,
+        **epilogue,
+    )
 
 
 @_guarded
 def _linear(
     x: Rows, layer: Linear, *, activation: str | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    if isinstance(layer.weight, Tensor):
-        if not isinstance(x, Tensor):
-            raise RefusalError("linear: quantised rows meet a weight that is not quantised")
-        y = linear(x, layer.weight, layer.bias, activation=activation or "none")
-    else:
-        rows = _as_rows(x, "int8")
-        assert isinstance(rows, QuantisedRows)
-        y = linear_int8(
-            rows.values,
-            rows.scale,
-            layer.weight.values,
-            layer.weight.scale,
-            layer.bias,
-            dtype=rows.dtype,
-        )
-        if activation is not None:
-            y = {"gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf}[activation](y)
-    return y if residual is None else residual + y
+    return _product(x, layer, activation=activation or "none", residual=residual)
 
 
 @_guarded
 def _gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:
-    gate, up = _linear(x, layer).chunk(2, dim=1)
-    return _as_rows(swiglu(gate, up), rows)
+    # A program has a few columns of a row, so the scale of the whole row takes another launch.
+    return _as_rows(_product(x, layer, gated=True), rows)
 
 
 @_guarded
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float") -> Rows:
-    return _as_rows(rms_norm(x, weight, eps), rows)
+    return _rows(rms_norm(x, weight, eps, rows), x.dtype)
 
 
 @_guarded
-def _patch_embed(pixels: Tensor, layer: Linear, positions: Tensor) -> Tensor:
-    return patch_embed(pixels, layer.weight, layer.bias, positions)
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, rows: RowFormat = "float"
+) -> Rows:
+    return _rows(layer_norm(x, weight, bias, eps, rows), x.dtype)
 
 
-def _as_rows(x: Rows, form: RowFormat) -> Rows:
-    if form == "float" or not isinstance(x, Tensor):
-        return x
-    values, scale = quantise_rows(x)
-    return QuantisedRows(values, scale, x.dtype)
+@_guarded
+def _patch_embed(
+    pixels: Tensor,
+    layer: Linear,
+    table: Tensor,
+    grids: Sequence[tuple[int, int, int]],
+    merge: int,
+) -> Tensor:
+    return patch_embed(pixels, layer.weight, layer.bias, table, grids, merge)
+
+
+def _rows(made: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Rows:
+    return made if isinstance(made, Tensor) else QuantisedRows(*made, dtype)
+
+
+def _as_rows(x: Tensor, form: RowFormat) -> Rows:
+    return x if form == "float" else _rows(quantise_rows(x, form), x.dtype)
 
 
 class TritonOps(Ops):
@@ -115,13 +139,13 @@ class TritonOps(Ops):
     gated_linear = staticmethod(_gated_linear)
     embed = staticmethod(_guarded(embed))
     rms_norm = staticmethod(_rms_norm)
-    layer_norm = staticmethod(_guarded(layer_norm))
+    layer_norm = staticmethod(_layer_norm)
     mrope_tables = staticmethod(_guarded(mrope_tables))
     vision_rope_tables = staticmethod(_guarded(vision_rope_tables))
     rope = staticmethod(_guarded(rope))
     norm_rope = staticmethod(_guarded(norm_rope))
     attention = staticmethod(_guarded(attention))
     patch_embed = staticmethod(_patch_embed)
-    resample_positions = staticmethod(_guarded(resample_positions))
+    add_rows = staticmethod(_guarded(add_rows))
     pool = staticmethod(_guarded(pool))
     score = staticmethod(_guarded(score))
