@@ -23,6 +23,7 @@ from .batch import pack
 from .config import ModelConfig
 from .model import Model
 from .ops import Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
+from .ops.patch_embed import resample_positions
 from .pixels import Patches
 from .prompt import Prompt
 from .quant import Fp8Weight, Int4Weight, Int8Weight
@@ -350,14 +351,21 @@ class _Fused(Ops):
 
 class _Native(_Fused):
     @staticmethod
-    def patch_embed(pixels: Tensor, layer: Linear, positions: Tensor) -> Tensor:
-        dtype = layer.weight[0].dtype
-        return _Fused.linear(pixels.to(dtype), layer)
+    def patch_embed(pixels: Tensor, layer: Linear, table: Tensor, grids: Any, merge: int) -> Tensor:
+        positions = resample_positions(table, grids, merge)
+        out = _Fused.linear(pixels.to(layer.weight[0].dtype), layer)
+        del positions
+        return out
 
 
 class _Triton(_Fused):
     @staticmethod
-    def patch_embed(pixels: Tensor, layer: Linear, positions: Tensor) -> Tensor:
+    def linear(x: Rows, layer: Linear, **rest: Any) -> Tensor:
+        # Rows that no norm has quantised are in a launch of their own.
+        return _Fused.linear(_rows(x, layer.rows) if isinstance(x, Tensor) else x, layer)
+
+    @staticmethod
+    def patch_embed(pixels: Tensor, layer: Linear, table: Tensor, grids: Any, merge: int) -> Tensor:
         return pixels.new_empty(len(pixels), _width(layer), dtype=layer.weight[0].dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def tensors(value: object) -> list[Tensor]:
 def measured(model: Model, prompts: list) -> int:
     """Bytes of the inputs, and the most that torch allocated beside them in one forward pass."""
     batch = pack(prompts, model.config.vision.spatial_merge_size, CPU).batch
+    gc.collect()  # what is freed meanwhile would be taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model.forward(batch)
     # A finished event carries the sum of its children; allocations alone are leaves.
@@ -90,15 +92,31 @@ def form_of(plan: Quantization | None) -> Setup:
 def test_the_peak_is_that_of_a_run(
     checkpoint: Path, backend: str, dtype: torch.dtype, form: str | None, tokens: int, patches: int
 ) -> None:
+    compare(checkpoint, backend, dtype, form, tokens, patches)
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+@pytest.mark.parametrize(("tokens", "patches"), [(200, 0), (16, 128)])
+def test_the_peak_is_that_of_a_run_in_the_interpreter(
+    checkpoint: Path, form: str | None, tokens: int, patches: int
+) -> None:
+    compare(checkpoint, "triton", torch.float32, form, tokens, patches)
+
+
+def compare(
+    checkpoint: Path, backend: str, dtype: torch.dtype, form: str | None, tokens: int, patches: int
+) -> None:
     plan = None if form is None else Quantization(form)
     config, model = load(checkpoint, backend, dtype, plan)
     setup = Setup(dtype, backend, form_of(plan).form)
     predicted = peak_activations(config, setup, tokens=tokens, patches=patches)
     predicted -= _scratch(config, setup, tokens, patches)
     found = measured(model, _prompts(config, tokens, patches, 8192))
-    # Above: tables of positions. Below: torch makes fewer copies on a CPU than it does for tensors
-    # without storage, in the reference's norms and attention.
-    assert 0.93 * predicted <= found <= 1.05 * predicted
+    # Below: torch makes fewer copies on a CPU than it does for tensors without storage, in the
+    # reference's norms and attention. Above: tables of positions; and Triton's interpreter holds on
+    # to the operands of the kernel before.
+    above = 1.08 if backend == "triton" else 1.05
+    assert 0.93 * predicted <= found <= above * predicted
 
 
 def test_nothing_is_left_of_a_prediction(checkpoint: Path) -> None:
