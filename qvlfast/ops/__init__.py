@@ -21,6 +21,8 @@ class Ops:
     """The reference backend: each op as written in its own file."""
 
     name = "reference"
+    keeps: frozenset[str] = frozenset({"int8", "int4", "fp8"})
+    """Formats of stored weights that ``prepare`` takes as they are; loading widens the others."""
 
     prepare = staticmethod(prepare)
     linear = staticmethod(linear)
