@@ -185,7 +185,9 @@ def calls(dtype: torch.dtype, forms: Sequence[str]) -> Iterator[str]:
             bias, table = new(vision, of=torch.float32), new(2304, vision, of=dtype)
             patch_embed(pixels, weight, bias, table, [(1, 60, 50)], 2)
             yield f"{size} k={k}"
-        yield from row_wise(size, hidden, ffn, vision, vision_dim, dtype, forms)
+        # In float32, which is there for checking, the wider rows are enough.
+        if dtype == torch.bfloat16 or size == "8b":
+            yield from row_wise(size, hidden, ffn, vision, vision_dim, dtype, forms)
 
 
 def record(
