@@ -17,6 +17,7 @@ from torch.utils import dlpack
 
 from .. import _C
 from ..ops import Forest, Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
+from ..ops.patch_embed import resample_positions
 from ..quant import Fp8Weight, Int4Weight, Int8Weight
 from ..quant.weights import quantise
 
@@ -94,10 +95,12 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float
     return made
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, rows: RowFormat = "float"
+) -> Rows:
     out = torch.empty(x.shape, dtype=x.dtype)
     _C.layer_norm(view(x), view(weight), view(bias), eps, view(out))
-    return out
+    return out if rows == "float" else _quantise(out)
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -128,7 +131,14 @@ def _attention(
     return out
 
 
-def _patch_embed(pixels: Tensor, layer: Linear, positions: Tensor) -> Tensor:
+def _patch_embed(
+    pixels: Tensor,
+    layer: Linear,
+    table: Tensor,
+    grids: Sequence[tuple[int, int, int]],
+    merge: int,
+) -> Tensor:
+    positions = resample_positions(table, grids, merge)
     # 0 … 255 are exact in both dtypes.
     dtype = torch.float32 if layer.weight.format == "f32" else torch.bfloat16
     return _linear(pixels.to(dtype), layer, residual=positions)

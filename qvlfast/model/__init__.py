@@ -36,4 +36,4 @@ class Model:
         output = text_forward(
             self.ops, self.weights.text, self.config.text, batch, visual, deepstack
         )
-        return head_forward(self.ops, self.weights, self.config.text, output.hidden)
+        return head_forward(self.ops, self.weights, self.config.text, output)

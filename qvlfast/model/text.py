@@ -23,11 +23,13 @@ KeysValues = tuple[Tensor, Tensor]
 class TextOutput:
     """
     Attributes:
-        hidden: ``[R, hidden_size]``: the read tokens before the final norm.
+        hidden: ``[R, hidden_size]``: the read tokens before the final norm; or all tokens'.
+        read: ``[R]`` int64, the rows of ``hidden`` that were read; None if it has no others.
         keys_values: keys and values of every layer for all computed tokens, when asked for.
     """
 
     hidden: Tensor
+    read: Tensor | None
     keys_values: tuple[KeysValues, ...]
 
 
@@ -68,10 +70,9 @@ def text_forward(
         if keep_keys_values:
             kept.append(keys_values)
         if index < len(deepstack):
-            x.index_add_(0, batch.visual_index, deepstack[index])
-    if not prune:
-        x = x[torch.from_numpy(batch.read).to(x.device)]
-    return TextOutput(hidden=x, keys_values=tuple(kept))
+            ops.add_rows(x, batch.visual_index, deepstack[index])
+    rows = None if prune else torch.from_numpy(batch.read).to(x.device)
+    return TextOutput(hidden=x, read=rows, keys_values=tuple(kept))
 
 
 def _layer(
