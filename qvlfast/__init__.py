@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .embedder import Embedder
     from .engine import Usage
-    from .errors import BackendError, BatchError, CheckpointError, InputError, QvlfastError
+    from .errors import (
+        BackendError,
+        BatchError,
+        CheckpointError,
+        DeadlineError,
+        InputError,
+        QueueFull,
+        QvlfastError,
+    )
     from .quant import Quantization
     from .reranker import Reranker
     from .runtime import Encoded, TruncationWarning
@@ -18,10 +26,12 @@ __all__ = [
     "BackendError",
     "BatchError",
     "CheckpointError",
+    "DeadlineError",
     "Embedder",
     "Encoded",
     "InputError",
     "Quantization",
+    "QueueFull",
     "QvlfastError",
     "Reranker",
     "TruncationWarning",
@@ -34,10 +44,12 @@ _PLACES = {
     "BackendError": "errors",
     "BatchError": "errors",
     "CheckpointError": "errors",
+    "DeadlineError": "errors",
     "Embedder": "embedder",
     "Encoded": "runtime",
     "InputError": "errors",
     "Quantization": "quant",
+    "QueueFull": "errors",
     "QvlfastError": "errors",
     "Reranker": "reranker",
     "TruncationWarning": "runtime",

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -24,7 +25,7 @@ from .batch import pack
 from .errors import BackendError, InputError
 from .model import Model
 from .prompt import Prompt
-from .scheduler import Budget, Scheduler
+from .scheduler import Budget, Cost, Media, Scheduler
 
 # Prepared pixels that may wait for the model; beyond it the host threads pause. One patch of a
 # still is 768 bytes, so this is about 200 MB.
@@ -167,8 +168,7 @@ class Engine:
         """Drop what waits, and return when the engine's thread has ended."""
         thread = self._thread
         with self._wake:
-            while self._scheduler.pop_batch():
-                pass
+            self._scheduler.drain()
         self.stop()
         if thread is not None:
             thread.join()
@@ -186,12 +186,13 @@ class Engine:
         if self._share_prefixes:
             for media in job.prompt.media:
                 _ = media.digest  # computed here, where it does not hold up the model
-        patches = sum(len(m.pixels) for m in job.prompt.media)
+        parts = tuple(Media(object(), len(m.pixels), 0) for m in job.prompt.media)
         with self._wake:
+            self._scheduler.admit()
             self._scheduler.push(
                 job,
-                tokens=len(job.prompt.ids),
-                patches=patches,
+                Cost(len(job.prompt.ids), parts),
+                time.monotonic(),
                 batch_tokens=job.batch_tokens,
             )
             self._wake.notify_all()
@@ -207,7 +208,8 @@ class Engine:
     def _step(self) -> None:
         """Run one batch. A waiting thread keeps nothing of the last one alive."""
         with self._wake:
-            jobs = self._scheduler.pop_batch()
+            batch = self._scheduler.pop(time.monotonic())
+            jobs = batch.jobs if batch else []
             self._wake.notify_all()
         running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
         if running:
