@@ -37,6 +37,19 @@ class VisionBatch:
 
 
 @dataclass(frozen=True)
+class Window:
+    """A stretch of a batch's tokens that is worked at once.
+
+    Attributes:
+        rows: where its tokens are in the batch.
+        forest: the forest in which only these ask, see :meth:`qvlfast.ops.Forest.window`.
+    """
+
+    rows: slice
+    forest: Forest
+
+
+@dataclass(frozen=True)
 class Batch:
     """What the forward pass takes.
 
@@ -48,6 +61,8 @@ class Batch:
         vision: None in a batch of text alone.
         visual_index: ``[V]`` int64: the tokens that stand for merged patches.
         visual_rows: ``[V]`` int64: which merged patch of ``vision`` each of them stands for.
+        windows: the tokens in stretches that keep memory and the time of a piece bounded; empty:
+            all at once.
     """
 
     ids: Tensor
@@ -57,6 +72,37 @@ class Batch:
     vision: VisionBatch | None
     visual_index: Tensor
     visual_rows: Tensor
+    windows: tuple[Window, ...] = ()
+
+
+@dataclass(frozen=True)
+class PieceLimits:
+    """The most that is worked in one piece.
+
+    Attributes:
+        rows: tokens.
+        pairs: queries times the keys that each sees.
+    """
+
+    rows: int
+    pairs: int
+
+
+def cut_windows(forest: Forest, limits: PieceLimits) -> tuple[Window, ...]:
+    """Windows of about equal length within the limits; empty if one would do."""
+    total = int(forest.cu_q[-1])
+    pairs = np.cumsum(forest.visible())
+    if total <= limits.rows and (not total or pairs[-1] <= limits.pairs):
+        return ()
+    rows = -(-total // -(-total // limits.rows))
+    windows, start = [], 0
+    while start < total:
+        before = int(pairs[start - 1]) if start else 0
+        most = int(np.searchsorted(pairs, before + limits.pairs, side="right"))
+        stop = min(max(most, start + 1), start + rows, total)
+        windows.append(Window(slice(start, stop), forest.window(start, stop)))
+        start = stop
+    return tuple(windows)
 
 
 @lru_cache(maxsize=256)
