@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         QueueFull,
         QvlfastError,
     )
+    from .metrics import Metrics
     from .quant import Quantization
     from .reranker import Reranker
     from .runtime import Encoded, TruncationWarning
@@ -30,6 +31,7 @@ __all__ = [
     "Embedder",
     "Encoded",
     "InputError",
+    "Metrics",
     "Quantization",
     "QueueFull",
     "QvlfastError",
@@ -48,6 +50,7 @@ _PLACES = {
     "Embedder": "embedder",
     "Encoded": "runtime",
     "InputError": "errors",
+    "Metrics": "metrics",
     "Quantization": "quant",
     "QueueFull": "errors",
     "QvlfastError": "errors",

@@ -154,7 +154,7 @@ class Scheduler(Generic[Job]):
         self._waiting = 0
         self.waiting_patches = 0
         self.waiting_work = 0.0
-        self._preparing = 0
+        self.preparing = 0
         self._mean_work = 0.0
         self._clean = 0
         self._rate = 0.0
@@ -169,15 +169,15 @@ class Scheduler(Generic[Job]):
             QueueFull: what waits, and what is being prepared if it costs as much as requests
                 have so far, is at the limit.
         """
-        predicted = self.waiting_work + self._preparing * self._mean_work
+        predicted = self.waiting_work + self.preparing * self._mean_work
         if predicted >= self._queue_work:
             excess = predicted + self._mean_work - self._queue_work
             raise QueueFull(excess / self._rate if self._rate else 1.0, predicted)
-        self._preparing += 1
+        self.preparing += 1
 
     def withdraw(self) -> None:
         """A request that was admitted does not come: it was cancelled, or could not be read."""
-        self._preparing -= 1
+        self.preparing -= 1
 
     def push(
         self,
@@ -198,7 +198,7 @@ class Scheduler(Generic[Job]):
             deadline: when it is no longer wanted.
             batch_tokens: a lower token budget for the batch that it will be in.
         """
-        self._preparing -= 1
+        self.preparing -= 1
         patches = sum(m.patches for m in cost.media)
         work = self._work(cost.tokens, 0) + sum(map(self._media_work, cost.media))
         limit = batch_tokens or self._full_budget.tokens

@@ -134,6 +134,13 @@ def _patch_embed(pixels: Tensor, layer: Linear, positions: Tensor) -> Tensor:
     return _linear(pixels.to(dtype), layer, residual=positions)
 
 
+def _score(pooled: Tensor, answer_rows: Tensor) -> Tensor:
+    # As the reference, but a row's last bit does not depend on how many rows there are: torch's
+    # product takes them in blocks, and its sigmoid has other code for the rest of a vector.
+    margin = (pooled * (answer_rows[0] - answer_rows[1])).sum(dim=-1)
+    return torch.cat([torch.sigmoid(one) for one in margin.split(1)])
+
+
 class NativeOps(Ops):
     """The table with the ops that cost anything in C++."""
 
@@ -148,3 +155,4 @@ class NativeOps(Ops):
     norm_rope = staticmethod(_norm_rope)
     attention = staticmethod(_attention)
     patch_embed = staticmethod(_patch_embed)
+    score = staticmethod(_score)

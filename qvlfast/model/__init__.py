@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, VisionBatch
+from ..cache import KeysValues
 from ..config import ModelConfig
 from ..ops import Ops
 from ..weights import ModelWeights
 from .head import head_forward
-from .text import KeysValues, text_forward
+from .text import text_forward
 from .vision import vision_forward
 
 T = TypeVar("T")

@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..batch import Batch, Window
+from ..cache import KeysValues
 from ..config import TextConfig
 from ..ops import Forest, Ops
 from ..weights import TextLayer, TextWeights
-
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one layer, each ``[tokens, num_kv_heads, head_dim]``."""
 
 
 @dataclass(frozen=True)
