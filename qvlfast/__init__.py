@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .embedder import Embedder
-    from .engine import Usage
     from .errors import (
         BackendError,
         BatchError,
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     )
     from .metrics import Metrics
     from .quant import Quantization
+    from .request import Usage
     from .reranker import Reranker
     from .runtime import Encoded, TruncationWarning
 
@@ -56,7 +56,7 @@ _PLACES = {
     "QvlfastError": "errors",
     "Reranker": "reranker",
     "TruncationWarning": "runtime",
-    "Usage": "engine",
+    "Usage": "request",
 }
 
 

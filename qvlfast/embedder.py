@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from .engine import Answer, Terms, Usage
 from .errors import BatchError
 from .inputs import parse_item
 from .metrics import Metrics
 from .prompt import Prompt
 from .quant import Quantization
+from .request import Answer, Terms, Usage
 from .runtime import (
     EMPTY,
     UNLIMITED,

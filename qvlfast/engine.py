@@ -14,9 +14,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Hashable, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError, InvalidStateError
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,9 @@ from .host import HostPool
 from .metrics import Metrics
 from .model import Model
 from .prompt import Prompt
+from .request import DEFAULT_TERMS, Answer, Job, Pending, Terms, Usage
 from .runner import Ready, Runner
-from .scheduler import LEVELS, Budget, Planned, Scheduler, Ticket
+from .scheduler import LEVELS, Budget, Planned, Scheduler
 
 # Prepared pixels that may wait for the model; beyond it the host threads pause. One patch of a
 # still is 768 bytes, so this is about 200 MB.
@@ -45,121 +45,8 @@ _NON_FINITE = (
 )
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What one input cost.
-
-    Attributes:
-        tokens: decoder tokens, the template and visual ones included.
-        visual_tokens: those of them that stand for pictures and videos.
-        truncated_tokens: tokens of the caller's text that were cut to fit; 0 if none.
-        video_reduced: a video was given fewer pixels than usual, to fit the length limit.
-    """
-
-    tokens: int
-    visual_tokens: int
-    truncated_tokens: int
-    video_reduced: bool
-
-
-@dataclass(frozen=True)
-class Answer:
-    """``value`` is ``[hidden_size]`` float32 from an embedder, ``[]`` from a reranker."""
-
-    value: NDArray[np.float32]
-    usage: Usage
-
-
-@dataclass(frozen=True)
-class Terms:
-    """How a request is to be treated.
-
-    Attributes:
-        priority: ``interactive``, ``normal`` or ``bulk``.
-        client: who asks: those of one level take turns.
-        deadline: when the answer is no longer wanted, on the clock of ``time.monotonic``.
-        batch_tokens: a lower token budget for the batch that it will be in; None: the engine's.
-        vision_cache: its pictures may be taken from the vision cache and put there.
-    """
-
-    priority: str = "normal"
-    client: Hashable = None
-    deadline: float = math.inf
-    batch_tokens: int | None = None
-    vision_cache: bool = True
-
-    def __post_init__(self) -> None:
-        if self.priority not in LEVELS:
-            raise ValueError(f"priority is {self.priority!r}: use one of {', '.join(LEVELS)}")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}: use a positive number")
-
-    @classmethod
-    def make(
-        cls,
-        *,
-        priority: str,
-        client: Hashable,
-        timeout: float | None,
-        batch_tokens: int | None,
-        vision_cache: bool,
-    ) -> Terms:
-        """From the arguments of a call, which has ``timeout`` seconds from now."""
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout is {timeout}: use seconds above 0, or None")
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        # A call that does not say for whom it asks is a client of its own.
-        owner = object() if client is None else client
-        return cls(priority, owner, deadline, batch_tokens, vision_cache)
-
-
-DEFAULT_TERMS = Terms()
-
-
-class Pending(Future[Answer]):
-    """The future of a request. Its ``cancel`` returns False once the request is in a batch, as
-    that of any future; but a batch nobody wants any more is given up at the next piece."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unwanted = False
-        self.on_cancel: Callable[[], None] | None = None
-
-    def cancel(self) -> bool:
-        self.unwanted = True
-        cancelled = super().cancel()
-        told = self.on_cancel
-        if cancelled and told is not None:
-            told()
-        return cancelled
-
-
-@dataclass(eq=False)
-class _Job:
-    prepare: Callable[[], Prompt] | None
-    terms: Terms
-    level: int
-    future: Pending
-    ready: Ready | None = None
-    ticket: Ticket[_Job] | None = None
-    counted: bool = True  # by the scheduler, as being prepared
-    gone: bool = False  # answered, failed or cancelled
-
-    def wanted(self, now: float) -> bool:
-        return not self.future.unwanted and now < self.terms.deadline
-
-
 class _NotWantedError(Exception):
     """Everybody who waited for this batch has gone."""
-
-
-def _usage(prompt: Prompt) -> Usage:
-    return Usage(
-        tokens=len(prompt.ids),
-        visual_tokens=len(prompt.visual_index),
-        truncated_tokens=prompt.truncated_tokens,
-        video_reduced=any(m.reduced for m in prompt.media),
-    )
 
 
 class Engine:
@@ -196,8 +83,8 @@ class Engine:
         self._lock = threading.RLock()
         self._wake = threading.Condition(self._lock)
         self._scheduler = self._new_scheduler()
-        self._open: set[_Job] = set()
-        self._host: HostPool[_Job] | None = None
+        self._open: set[Job] = set()
+        self._host: HostPool[Job] | None = None
         self._thread: threading.Thread | None = None
         self._seconds = 0.0  # that batches took which ran between pieces of another
 
@@ -206,7 +93,7 @@ class Engine:
         """The network."""
         return self._runner.model
 
-    def _new_scheduler(self) -> Scheduler[_Job]:
+    def _new_scheduler(self) -> Scheduler[Job]:
         rates = self._runner.rates
         return Scheduler(self._budget, rates, ageing=self._ageing, queue_work=self._queue_work)
 
@@ -222,7 +109,7 @@ class Engine:
             BackendError: the engine is closed.
             QueueFull: too much work waits.
         """
-        job = _Job(prepare, terms, LEVELS.index(terms.priority), Pending())
+        job = Job(prepare, terms, LEVELS.index(terms.priority), Pending())
         job.future.on_cancel = _when_cancelled(self, job)
         with self._lock:
             if self._closed:
@@ -294,7 +181,7 @@ class Engine:
         most = _MAX_WAITING_PATCHES * (2 if level == 0 else 1)
         return self._scheduler.waiting_patches < most
 
-    def _prepare(self, job: _Job) -> None:
+    def _prepare(self, job: Job) -> None:
         """Make a job's prompt and queue it; whatever happens, somebody answers for it."""
         try:
             ready = self._make_ready(job)
@@ -316,7 +203,7 @@ class Engine:
                 )
                 self._wake.notify_all()
 
-    def _make_ready(self, job: _Job) -> Ready | None:
+    def _make_ready(self, job: Job) -> Ready | None:
         prepare, job.prepare = job.prepare, None
         if job.gone or prepare is None:
             return None
@@ -363,7 +250,7 @@ class Engine:
         with self._lock:
             self._scheduler.finished(planned, time.monotonic(), own)
 
-    def _take(self, above: int, most: float) -> tuple[Planned[_Job] | None, list[_Job]]:
+    def _take(self, above: int, most: float) -> tuple[Planned[Job] | None, list[Job]]:
         """The next batch, and those of its jobs that are still wanted."""
         running = []
         with self._lock:
@@ -393,7 +280,7 @@ class Engine:
         for job in lost:
             self._fail(job, error)
 
-    def _run(self, jobs: Sequence[_Job], planned: Planned[_Job], again: bool = True) -> None:
+    def _run(self, jobs: Sequence[Job], planned: Planned[Job], again: bool = True) -> None:
         """Run a batch; if it fails, halve it until the failing request stands alone."""
         if not jobs:
             return
@@ -421,7 +308,7 @@ class Engine:
             for job, value in zip(jobs, values, strict=True):
                 self._answer(job, value)
 
-    def _drive(self, jobs: Sequence[_Job], planned: Planned[_Job]) -> NDArray[np.float32]:
+    def _drive(self, jobs: Sequence[Job], planned: Planned[Job]) -> NDArray[np.float32]:
         """Run the pieces of a batch; in between, one batch of what may pass it."""
         above, most = planned.level, math.inf
         if len(jobs) == 1 and planned.work >= _LONG:
@@ -440,7 +327,7 @@ class Engine:
 
     # In any thread.
 
-    def _answer(self, job: _Job, value: NDArray[np.float32]) -> None:
+    def _answer(self, job: Job, value: NDArray[np.float32]) -> None:
         ready = job.ready
         if ready is None or not np.isfinite(value).all():
             self._fail(job, InputError("non_finite", _NON_FINITE))
@@ -448,9 +335,9 @@ class Engine:
         if self._settle(job):
             self._runner.counters.add(answered=1)
             with contextlib.suppress(InvalidStateError):
-                job.future.set_result(Answer(value, _usage(ready.prompt)))
+                job.future.set_result(Answer(value, Usage.of(ready.prompt)))
 
-    def _fail(self, job: _Job, error: BaseException) -> None:
+    def _fail(self, job: Job, error: BaseException) -> None:
         if not self._settle(job):
             return
         if isinstance(error, DeadlineError):
@@ -462,7 +349,7 @@ class Engine:
         with contextlib.suppress(InvalidStateError):
             job.future.set_exception(error)
 
-    def _cancelled(self, job: _Job) -> None:
+    def _cancelled(self, job: Job) -> None:
         """A future was cancelled before it was in a batch."""
         with self._lock:
             if job.ticket is not None:
@@ -471,7 +358,7 @@ class Engine:
                 self._runner.counters.add(cancelled=1)
                 job.future.set_running_or_notify_cancel()  # tells those who wait for it
 
-    def _settle(self, job: _Job) -> bool:
+    def _settle(self, job: Job) -> bool:
         """Let go of a job; whether it was still open."""
         with self._lock:
             if job.gone:
@@ -506,7 +393,7 @@ def _is_memory_fault(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _when_cancelled(engine: Engine, job: _Job) -> Callable[[], None]:
+def _when_cancelled(engine: Engine, job: Job) -> Callable[[], None]:
     """A future that somebody keeps does not keep the model."""
     reference = weakref.ref(engine)
 

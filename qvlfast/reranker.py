@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .engine import Answer, Terms, Usage
 from .errors import BatchError, InputError
 from .inputs import Item, parse_item
 from .metrics import Metrics
 from .pixels import Patches
 from .prompt import Prompt
 from .quant import Quantization
+from .request import Answer, Terms, Usage
 from .runtime import (
     EMPTY,
     UNLIMITED,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint, locate
 from .config import ModelConfig, load_config, load_pixel_config
 from .dispatch import check_backend, choose_device, choose_ops
-from .engine import DEFAULT_TERMS, Answer, Engine, Pending, Terms, Usage
+from .engine import Engine
 from .errors import BackendError, QueueFull
 from .inputs import Item
 from .media import MediaPolicy
@@ -29,6 +29,7 @@ from .model import Model
 from .pixels import Patches, PixelLimits
 from .prompt import Prompt, Prompter
 from .quant import Quantization
+from .request import DEFAULT_TERMS, Answer, Pending, Terms, Usage
 from .runner import Runner, Sharing
 from .scheduler import Budget
 from .video import item_patches
