@@ -6,11 +6,11 @@
 
 #include "bf16.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace qvlfast {
 namespace {
 
-constexpr int64_t kAlign = 64;
 // All of K of four panels of a small weight still make a task that is worth handing over.
 constexpr int64_t kPanelsAtOnce = 4;
 
@@ -41,11 +41,7 @@ PackedWeight allocate(const std::vector<TensorView>& parts, Format format, int64
   w.panels = gated ? 2 * round_up(w.n / 2, kPanel) / kPanel : round_up(w.n, kPanel) / kPanel;
   w.panel_bytes = kPanel * w.k_padded * eighths_of_byte / 8;
   const int64_t bytes = w.panels * w.panel_bytes;
-  auto* memory = static_cast<uint8_t*>(
-      std::aligned_alloc(kAlign, static_cast<size_t>(round_up(bytes, kAlign))));
-  if (memory == nullptr) {
-    throw std::bad_alloc();
-  }
+  auto* memory = static_cast<uint8_t*>(allocate_lines(bytes));
   w.data = {memory, [](uint8_t* p) { std::free(p); }};
   return w;
 }

@@ -77,10 +77,20 @@ def gemm(
     return out
 
 
-def close(y: Tensor, exact: Tensor, size: Tensor | float, dtype: torch.dtype) -> None:
-    """Within the rounding of the result, and of float32 sums of terms that add up to ``size``."""
+def close(
+    y: Tensor,
+    exact: Tensor,
+    size: Tensor | float,
+    dtype: torch.dtype,
+    rounded: Tensor | float = 0.0,
+) -> None:
+    """Within the rounding of the result, and of float32 sums of terms that add up to ``size``.
+
+    Args:
+        rounded: what terms that are rounded to ``dtype`` themselves add up to.
+    """
     error = (y.double() - exact).abs()
-    bound = ROUNDING[dtype] * exact.abs() + 4e-6 * size + 1e-37
+    bound = ROUNDING[dtype] * (exact.abs() + rounded) + 4e-6 * size + 1e-37
     assert bool((error <= bound).all()), float((error - bound).max())
 
 
@@ -355,16 +365,17 @@ def exact_attention(
         before = chains[parent] if parent >= 0 else []
         chains.append([*before, *range(starts[segment], starts[segment] + keys)])
         chain = chains[-1]
-        for i in range(queries):
-            seen = chain[: len(chain) - queries + i + 1] if causal else chain
-            for_head = [
-                torch.softmax(scale * k[seen, h // shared].double() @ q[row, h].double(), 0)
-                @ v[seen, h // shared].double()
-                for h in range(q.shape[1])
-            ]
-            out.append(torch.stack(for_head))
-            row += 1
-    return torch.stack(out)
+        own = q[row : row + queries].double().transpose(0, 1)  # [H, queries, D]
+        seen_k, seen_v = (
+            x[chain].double().transpose(0, 1).repeat_interleave(shared, 0) for x in (k, v)
+        )
+        scores = scale * own @ seen_k.transpose(1, 2)
+        if causal:
+            last = torch.arange(len(chain) - queries, len(chain))
+            scores[:, torch.arange(len(chain)) > last[:, None]] = -torch.inf
+        out.append((torch.softmax(scores, -1) @ seen_v).transpose(0, 1))
+        row += queries
+    return torch.cat(out)
 
 
 def edges(lengths: Sequence[tuple[int, int, int]]) -> tuple[Any, Any, Any]:
@@ -410,8 +421,10 @@ def test_attention(
     out = poisoned(queries, heads, dim, dtype=dtype)
     _C.attention(q, k, v, cu_q, cu_k, parent, causal, scale, None, out, isa)
     exact = exact_attention(q, k, v, lengths, causal, scale)
-    # A weight errs by 2⁻²² of itself, and a score of 3 by as much again.
-    close(out, exact, v.double().abs().max(), dtype)
+    # A weight errs by 2⁻²² of itself, and a score of 3 by as much again; products of bfloat16 take
+    # it rounded to bfloat16.
+    weighed = exact_attention(q, k, v.abs(), lengths, causal, scale)
+    close(out, exact, v.double().abs().max(), dtype, rounded=weighed)
 
     read = np.sort(rng.choice(queries, max(1, queries // 3), replace=False)).astype(np.int64)
     some = poisoned(len(read), heads, dim, dtype=dtype)
@@ -420,20 +433,22 @@ def test_attention(
 
 
 @each_isa
+@each_dtype
 def test_attention_does_not_depend_on_how_a_sequence_is_cut(
-    isa: str, rng: np.random.Generator
+    isa: str, dtype: torch.dtype, rng: np.random.Generator
 ) -> None:
-    """Whole, in three segments, and beside others: the same bits."""
-    length, heads, dim = 300, 2, 64
-    q, k, v = (draw(rng, length, heads, dim) for _ in range(3))
-    whole = poisoned(length, heads, dim)
+    """Whole, in pieces, and beside others: the same bits."""
+    length, heads, dim = 600, 2, 64
+    q, k, v = (draw(rng, length, heads, dim, dtype=dtype) for _ in range(3))
+    whole = poisoned(length, heads, dim, dtype=dtype)
     _C.attention(q, k, v, *edges([(length, length, -1)]), True, 0.125, None, whole, isa)
-    cut = poisoned(length, heads, dim)
-    parts = [(37, 37, -1), (200, 200, 0), (63, 63, 1)]
-    _C.attention(q, k, v, *edges(parts), True, 0.125, None, cut, isa)
-    assert torch.equal(cut, whole)
-    more = [torch.cat((draw(rng, 11, heads, dim), x)) for x in (q, k, v)]
-    beside = poisoned(length + 11, heads, dim)
+    cut = poisoned(length, heads, dim, dtype=dtype)
+    for lengths in ((37, 200, 363), (256, 1, 343), (255, 258, 87), (511, 89), (1, 600 - 1)):
+        parts = [(n, n, i - 1) for i, n in enumerate(lengths)]
+        _C.attention(q, k, v, *edges(parts), True, 0.125, None, cut, isa)
+        assert torch.equal(cut, whole), lengths
+    more = [torch.cat((draw(rng, 11, heads, dim, dtype=dtype), x)) for x in (q, k, v)]
+    beside = poisoned(length + 11, heads, dim, dtype=dtype)
     _C.attention(
         *more, *edges([(11, 11, -1), (length, length, -1)]), True, 0.125, None, beside, isa
     )
@@ -454,10 +469,11 @@ def test_attention_at_extreme_scores(isa: str, size: float, rng: np.random.Gener
 
 
 @each_isa
-def test_nan_stays_with_its_own(isa: str, rng: np.random.Generator) -> None:
-    q, k, v = (draw(rng, 30, 2, 64) for _ in range(3))
+@each_dtype
+def test_nan_stays_with_its_own(isa: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    q, k, v = (draw(rng, 30, 2, 64, dtype=dtype) for _ in range(3))
     k[4], v[5] = torch.nan, torch.inf
-    out = poisoned(30, 2, 64)
+    out = poisoned(30, 2, 64, dtype=dtype)
     _C.attention(q, k, v, *edges([(10, 10, -1), (20, 20, -1)]), True, 0.125, None, out, isa)
     assert out[5:10].isnan().any() and out[10:].isfinite().all()
     x = draw(rng, 9, 64)
