@@ -28,11 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.records import commit, machine
 from qvlfast import Embedder, Reranker
 from qvlfast.gallery import EMBEDDER, load_gallery
 from qvlfast.vectors import VECTOR_TYPES, VectorType, convert, cut, similarity
 
-from .cpu import commit, machine
 from .emoji_data import EVALUATION, Wording, read_evaluation, render
 
 RESULTS = Path(__file__).parent / "results" / "quality.csv"
