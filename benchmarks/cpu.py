@@ -145,8 +145,11 @@ class OpenVino:
                 self.decoder = model
 
             def forward(self, ids: torch.Tensor) -> torch.Tensor:
-                hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-                return F.normalize(hidden, dim=-1)
+                # A mask of its own: how transformers makes one cannot be converted.
+                square = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool)
+                mask = square.tril()[None, None].expand(ids.shape[0], 1, -1, -1)
+                made = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+                return F.normalize(made.last_hidden_state[:, -1], dim=-1)
 
         with torch.inference_mode():
             ids = torch.ones((2, 16), dtype=torch.int64)
