@@ -14,8 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from .team import together
 from .train_embedder import train_embedder
 from .train_reranker import train_reranker
 
@@ -28,17 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--embedder", type=Path, help="the run of the embedder to start from")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2, help="processes that share each step")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
     if (options.kind == "reranker") != (options.embedder is not None):
         parser.error("a reranker, and only a reranker, needs --embedder")
-    torch.set_num_threads(options.threads)
     schedule = (options.steps, options.rate, options.resume)
     if options.kind == "embedder":
-        train_embedder(options.out, *schedule)
+        together(options.workers, train_embedder, options.out, *schedule)
     else:
-        train_reranker(options.out, options.embedder, *schedule)
+        together(options.workers, train_reranker, options.out, options.embedder, *schedule)
 
 
 if __name__ == "__main__":

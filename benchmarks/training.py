@@ -22,7 +22,8 @@ from qvlfast.inputs import Item
 from qvlfast.prompt import Prompt, Prompter
 
 from . import small_model as small
-from .emoji_data import LANGUAGES, Splits, Wording, draw_sprites, render
+from .emoji_data import LANGUAGES, SEED, Splits, Wording, draw_sprites, render
+from .team import Team
 
 LENGTH = 8192
 CANVASES = (64, 96)
@@ -82,6 +83,7 @@ class Setting:
     prompter: Prompter
     model: Any
     grids: dict[int, small.Grid]
+    team: Team
 
     @property
     def text(self) -> Any:
@@ -101,17 +103,24 @@ class Setting:
         document = [small.blank_patches(canvas)]
         return self.prompter.rerank(_item(text), (), _item(None), document, LENGTH)
 
-    def draw(self, emoji: Sequence[int], canvas: int, rng: random.Random) -> np.ndarray:
+    def draw(
+        self, emoji: Sequence[int], canvas: int, rng: random.Random, variety: float = 1.0
+    ) -> np.ndarray:
         """uint8 ``[B, canvas, canvas, 3]``; some were drawn at another size and resized."""
         pictures = []
         for i in emoji:
             size = canvas if rng.random() < 0.7 else rng.randint(56, 128)
-            picture = render(self.sprites[i], size, rng)
+            picture = render(self.sprites[i], size, rng, variety)
             pictures.append(np.asarray(picture.resize((canvas, canvas), Image.Resampling.BICUBIC)))
         return np.stack(pictures)
 
     def see(self, pictures: np.ndarray) -> tuple[Tensor, list[Tensor]]:
         return small.see(self.vision, small.patchify(pictures), self.grids[pictures.shape[1]])
+
+
+def draw_canvas(step: int) -> int:
+    """The size of a step's pictures, the same for the whole team, or one would wait for others."""
+    return random.Random(f"canvas {SEED} {step}").choice(CANVASES)
 
 
 def _item(text: str | None) -> Item:
@@ -178,7 +187,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in (p for p in group["params"] if p.grad is not None):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.mul_(0.95).add_(p.grad)
                 update = orthogonal(p.grad + 0.95 * momentum)
@@ -204,9 +213,14 @@ def make_optimizers(
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     table = [p for n, p in named.items() if "embed_tokens" in n]
     matrices = [p for n, p in named.items() if p.ndim == 2 and "embed" not in n]
-    known = {id(p) for p in (*table, *matrices)}
+    patches = [p for n, p in named.items() if "patch_embed" in n]  # of small weights
+    known = {id(p) for p in (*table, *matrices, *patches)}
     rest = [p for p in named.values() if id(p) not in known]
-    groups = [{"params": [*table, *extra], "factor": 3.0}, {"params": rest, "factor": 1.0}]
+    groups = [
+        {"params": [*table, *extra], "factor": 3.0},
+        {"params": rest, "factor": 1.0},
+        {"params": patches, "factor": 0.1},
+    ]
     muon = Muon(matrices, rate, 0.05)
     muon.param_groups[0]["factor"] = 1.0
     adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -237,11 +251,14 @@ class Log:
         print(" ".join(f"{k}={v:.4g}" for k, v in row.items()), flush=True)
 
 
-def make_setting(out: Path, model: Any, emoji: Sequence[str], splits: Splits) -> Setting:
+def make_setting(
+    team: Team, out: Path, model: Any, emoji: Sequence[str], splits: Splits
+) -> Setting:
     """The setting of a run whose frame is in ``out``."""
     grids = {canvas: small.make_grid(canvas) for canvas in CANVASES}
     words = Words(splits.train, len(emoji))
-    return Setting(draw_sprites(emoji), words, splits, small.load_prompter(out), model, grids)
+    prompter = small.load_prompter(out)
+    return Setting(draw_sprites(emoji), words, splits, prompter, model, grids, team)
 
 
 def run(
@@ -263,11 +280,11 @@ def run(
         report: scores to log beside the loss.
         peak: learning rate.
     """
-    model = setting.model
+    model, team = setting.model, setting.team
     model.train()
     optimizers = make_optimizers(model, list(extra.values()), peak)
     log, first, spent = Log(out / "log.csv"), 0, 0.0
-    if resume:
+    if resume and (out / "state.pt").exists():
         state = torch.load(out / "state.pt", weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -284,12 +301,15 @@ def run(
         for p in extra.values():
             p.grad = None
         loss.backward()
+        team.average((*model.parameters(), *extra.values()))
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % 20 == 0:
+        if (step + 1) % 20 == 0 and team.leads:
             print(f"step {step + 1} loss {np.mean(losses[-20:]):.4f}", flush=True)
         if (step + 1) % REPORT_EVERY and step + 1 < steps:
+            continue
+        if not team.leads:
             continue
         seconds = time.perf_counter() - begun
         log.add({"step": step + 1, "seconds": seconds, "loss": float(np.mean(losses)), **report()})
