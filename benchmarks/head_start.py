@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import small_model as small
 from .emoji_data import SEED
-from .training import CANVASES, Setting, draw_canvas, learning_rate, make_optimizers
+from .training import CANVASES, Run, Setting, draw_canvas, train
 
 TOKEN_STEPS, TEXTS, TOKEN_RATE = 1500, 768, 0.02
 PICTURE_STEPS, PICTURES, PICTURE_RATE = 1500, 192, 5e-3
@@ -33,6 +33,7 @@ PICTURE_STEPS, PICTURES, PICTURE_RATE = 1500, 192, 5e-3
 PLAIN_UNTIL, VARIED_FROM = 150, 800
 TOKEN_DROPOUT = 0.15
 LENGTHS = (192, 64, 32)
+TOKENS = "tokens.pt"
 ROW = 0.3  # root mean square of a token's row
 SCALE = 20.0
 COPIED = 12.0  # how much the last layer makes of what it copies
@@ -58,21 +59,26 @@ class Meaning:
 def make_head_start(out: Path, setting: Setting, count: int) -> Tensor:
     """Give the setting's new model its head start; return the anchors ``[count, D]``.
 
-    Each of the two parts is kept in ``out`` when it is done.
+    What is done already is in ``out``.
     """
-    tokens, pictures = out / "tokens.pt", out / "pictures.pt"
+    tokens = out / TOKENS
     if not tokens.exists() and setting.team.leads:
         torch.save(vars(learn_tokens(setting, count)), tokens)
     setting.team.wait()
     meaning = Meaning(**torch.load(tokens, weights_only=True))
-    if not pictures.exists():
-        learn_pictures(setting, meaning)
-        if setting.team.leads:
-            torch.save(setting.vision.state_dict(), pictures)
-        setting.team.wait()
-    setting.vision.load_state_dict(torch.load(pictures, weights_only=True))
+    learn_pictures(out, setting, meaning)
     start(setting.model, meaning)
     return meaning.anchors
+
+
+def forget(out: Path) -> None:
+    """Begin anew."""
+    (out / TOKENS).unlink(missing_ok=True)
+    _picture_run(out).forget()
+
+
+def _picture_run(out: Path) -> Run:
+    return Run(out, "pictures", PICTURE_STEPS, PICTURE_RATE)
 
 
 def learn_tokens(setting: Setting, count: int) -> Meaning:
@@ -131,35 +137,22 @@ def _bags(setting: Setting, texts: list[str], known: dict[str, Tensor]) -> tuple
     return ids.clamp(min=0), (ids >= 0).float()
 
 
-def learn_pictures(setting: Setting, meaning: Meaning) -> None:
+def learn_pictures(out: Path, setting: Setting, meaning: Meaning) -> None:
     """Train the vision tower to see the anchors in pictures."""
-    team = setting.team
     _look(setting)
     scale = torch.nn.Parameter(torch.tensor(math.log(5.0)))
-    optimizers = make_optimizers(setting.vision, [scale], PICTURE_RATE)
-    for step in range(PICTURE_STEPS):
+    team, count = setting.team, len(setting.sprites)
+
+    def loss(step: int) -> Tensor:
         rng = random.Random(f"pictures {SEED} {step} {team.rank}")
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = learning_rate(step, PICTURE_STEPS, PICTURE_RATE)
-        shown = rng.sample(range(len(setting.sprites)), PICTURES // team.size)
+        shown = rng.sample(range(count), PICTURES // team.size)
         variety = min(1.0, max(0.0, (step - PLAIN_UNTIL) / (VARIED_FROM - PLAIN_UNTIL)))
-        canvas = draw_canvas(step)
-        tokens = setting.see(setting.draw(shown, canvas, rng, variety))[0]
+        tokens = setting.see(setting.draw(shown, draw_canvas(step), rng, variety))[0]
         mean = F.rms_norm(tokens, tokens.shape[-1:]).mean(1)
-        loss = _told_apart(
-            mean @ meaning.basis.T @ meaning.basis, meaning.anchors, shown, scale.exp()
-        )
-        setting.vision.zero_grad(set_to_none=True)
-        scale.grad = None
-        loss.backward()
-        team.average((*setting.vision.parameters(), scale))
-        for optimizer in optimizers:
-            optimizer.step()
-        if (step + 1) % 20 == 0 and team.leads:
-            print(
-                f"pictures, step {step + 1} loss {loss.item():.4f} scale {scale.exp().item():.1f}",
-                flush=True,
-            )
+        copied = mean @ meaning.basis.T @ meaning.basis
+        return _told_apart(copied, meaning.anchors, shown, scale.exp())
+
+    train(team, _picture_run(out), setting.vision, {"scale": scale}, loss, dict)
 
 
 @torch.no_grad()

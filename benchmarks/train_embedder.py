@@ -16,6 +16,7 @@ from . import small_model as small
 from .emoji_data import SEED, list_emoji, read_wordings, split_wordings
 from .team import Team
 from .training import (
+    Run,
     Setting,
     draw_canvas,
     embed_gallery,
@@ -23,7 +24,7 @@ from .training import (
     embed_texts,
     make_setting,
     ranks,
-    run,
+    train,
 )
 
 MATRYOSHKA = {192: 1.0, 128: 0.5, 64: 0.5, 32: 0.5}
@@ -108,22 +109,22 @@ def train_embedder(team: Team, out: Path, steps: int, peak: float, resume: bool)
     """Run the training from its beginning or from its last saved state."""
     emoji = list_emoji()
     splits = split_wordings(read_wordings(emoji))
-    out.mkdir(parents=True, exist_ok=True)
+    run = Run(out, "training", steps, peak)
     if not resume and team.leads:
-        for name in ("log.csv", "tokens.pt", "pictures.pt", "state.pt"):
-            (out / name).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        head_start.forget(out)
+        run.forget()
         small.write_frame(out, small.train_tokenizer(w.text for w in splits.train))
     team.wait()
     setting = make_setting(team, out, small.make_model(out, SEED), emoji, splits)
     scale = torch.nn.Parameter(torch.tensor(math.log(head_start.SCALE)))
     anchors = torch.nn.Parameter(head_start.make_head_start(out, setting, len(emoji)))
-    run(
-        out,
-        setting,
+    train(
+        team,
+        run,
+        setting.model,
         {"anchors": anchors, "scale": scale},
         lambda step: embedder_step(setting, anchors, scale, step),
         lambda: report_embedder(setting, embed_gallery(setting, SEED + 1)),
-        steps=steps,
-        peak=peak,
-        resume=resume,
+        lambda: small.save_weights(setting.model, out),
     )

@@ -27,13 +27,14 @@ from .head_start import quieten
 from .team import Team
 from .training import (
     CANVASES,
+    Run,
     Setting,
     draw_canvas,
     embed_gallery,
     embed_texts,
     load_model,
     make_setting,
-    run,
+    train,
 )
 
 PREPARED, PAIRS = 150, 144  # steps without lists, and pairs in each of them
@@ -178,16 +179,16 @@ def train_reranker(
     """
     emoji = list_emoji()
     splits = split_wordings(read_wordings(emoji))
-    out.mkdir(parents=True, exist_ok=True)
+    run = Run(out, "training", steps, peak)
     if not resume and team.leads:
-        for name in ("log.csv", "state.pt"):
-            (out / name).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        run.forget()
         small.write_frame(out, small.train_tokenizer(w.text for w in splits.train), SHAPE)
     first = load_model(embedder)
     team.wait()
     setting = make_setting(team, out, grow(out, first), emoji, splits)
     find = make_find(replace(setting, model=first))
-    state = torch.load(embedder / "state.pt", weights_only=True)
+    state = torch.load(embedder / "training.pt", weights_only=True)
     told = Told(state["anchors"], state["scale"])
     tops = {}
     for group in ("seen", "unseen"):
@@ -199,15 +200,14 @@ def train_reranker(
             begin_comparison(setting, find)
         return reranker_step(setting, told, find, step)
 
-    run(
-        out,
-        setting,
+    train(
+        team,
+        run,
+        setting.model,
         told.parameters,
         loss,
         lambda: report_reranker(setting, tops),
-        steps=steps,
-        peak=peak,
-        resume=resume,
+        lambda: small.save_weights(setting.model, out),
     )
 
 

@@ -236,7 +236,7 @@ def learning_rate(step: int, steps: int, peak: float, warm_up: int = 60) -> floa
 
 
 class Log:
-    """``log.csv``: one line a report."""
+    """A CSV file with one line a report."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -261,41 +261,65 @@ def make_setting(
     return Setting(draw_sprites(emoji), words, splits, prompter, model, grids, team)
 
 
-def run(
-    out: Path,
-    setting: Setting,
+@dataclass(frozen=True)
+class Run:
+    """A training of ``steps`` steps at the learning rate ``peak``.
+
+    ``OUT/NAME.pt`` holds its state, ``OUT/NAME.csv`` its log; both are renewed at every report.
+    """
+
+    out: Path
+    name: str
+    steps: int
+    peak: float
+
+    @property
+    def state(self) -> Path:
+        return self.out / f"{self.name}.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.out / f"{self.name}.csv"
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.state.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
+
+
+def train(
+    team: Team,
+    run: Run,
+    model: Any,
     extra: dict[str, torch.nn.Parameter],
     loss_of: Callable[[int], Tensor],
     report: Callable[[], dict[str, float]],
-    *,
-    steps: int,
-    peak: float,
-    resume: bool,
+    after_report: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train the setting's model, from its beginning or from the last state saved in ``out``.
+    """Train a model, from its beginning or from where the run was stopped.
 
     Args:
-        extra: what is trained besides the model and left behind.
+        extra: what is trained besides the model.
         loss_of: the loss of a step, by its number alone.
         report: scores to log beside the loss.
-        peak: learning rate.
+        after_report: called when the state is written.
     """
-    model, team = setting.model, setting.team
     model.train()
-    optimizers = make_optimizers(model, list(extra.values()), peak)
-    log, first, spent = Log(out / "log.csv"), 0, 0.0
-    if resume and (out / "state.pt").exists():
-        state = torch.load(out / "state.pt", weights_only=True)
+    optimizers = make_optimizers(model, list(extra.values()), run.peak)
+    log, first, spent = Log(run.log), 0, 0.0
+    if run.state.exists():
+        state = torch.load(run.state, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for name, p in extra.items():
             p.data.copy_(state[name])
         first, spent = state["step"], state["seconds"]
+    team.wait()
     begun, losses = time.perf_counter() - spent, []
-    for step in range(first, steps):
+    for step in range(first, run.steps):
         for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = learning_rate(step, steps, peak) * group["factor"]
+            group["lr"] = learning_rate(step, run.steps, run.peak) * group["factor"]
         loss = loss_of(step)
         model.zero_grad(set_to_none=True)
         for p in extra.values():
@@ -305,20 +329,22 @@ def run(
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % 20 == 0 and team.leads:
-            print(f"step {step + 1} loss {np.mean(losses[-20:]):.4f}", flush=True)
-        if (step + 1) % REPORT_EVERY and step + 1 < steps:
-            continue
         if not team.leads:
+            continue
+        if (step + 1) % 20 == 0:
+            print(f"{run.name}: step {step + 1} loss {np.mean(losses[-20:]):.4f}", flush=True)
+        if (step + 1) % REPORT_EVERY and step + 1 < run.steps:
             continue
         seconds = time.perf_counter() - begun
         log.add({"step": step + 1, "seconds": seconds, "loss": float(np.mean(losses)), **report()})
         losses = []
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         state |= {name: p.data for name, p in extra.items()}
-        torch.save(state | {"step": step + 1, "seconds": seconds}, out / "state.tmp")
-        (out / "state.tmp").replace(out / "state.pt")
-        small.save_weights(model, out)
+        new = run.state.with_suffix(".tmp")
+        torch.save(state | {"step": step + 1, "seconds": seconds}, new)
+        new.replace(run.state)
+        after_report()
+    team.wait()
 
 
 def load_model(folder: Path) -> Any:
