@@ -19,7 +19,7 @@ from .training import Setting
 SHAPE = replace(small.SHAPE, layers=small.SHAPE.layers + 2)
 COMPARED = SHAPE.layers - 1  # the layer
 COORDINATES = 64
-BROUGHT = 4.0  # how large the query is beside what was in its place
+BROUGHT = 8.0  # how large the query is beside what was in its place
 SPREAD, LIKELY = 2.0, -2.0  # of the answers' logits: deviation within a list, mean
 NOISE = 0.4
 
@@ -110,20 +110,26 @@ def add_comparison(
     raw = judge(setting, texts, documents, pictures).shown[..., there].square().mean().sqrt()
     brought = behind[:, here].square().mean().sqrt()
     attention.o_proj.weight[there, here] = BROUGHT * raw / brought
-    direction = answer_direction(setting)
     for sign, units in ((1, here), (-1, there)):
         mlp.gate_proj.weight[units] = sign * torch.eye(width)[there]
         mlp.up_proj.weight[units] = torch.eye(width)[here]
-        mlp.down_proj.weight[:, units] = sign * 0.01 * (direction / direction.norm())[:, None]
+        mlp.down_proj.weight[:, units] = 0
+    # The answers are read where the final states differ least from one another.
+    table = setting.text.embed_tokens.weight
+    yes, no = (setting.prompter.token_id(t) for t in ("yes", "no"))
+    final = judge(setting, texts, documents, pictures).final.flatten(0, 1)
+    quiet = torch.linalg.eigh((final - final.mean(0)).T @ (final - final.mean(0)))[1][:, 0]
+    table[yes] = table[no] + quiet * (table[yes] - table[no]).norm()
+    for sign, units in ((1, here), (-1, there)):
+        mlp.down_proj.weight[:, units] = sign * 0.01 * quiet[:, None]
     for _ in range(3):
         logits = judge(setting, texts, documents, pictures).logits
         spread = (logits - logits.mean(1, keepdim=True)).std()
         mlp.down_proj.weight[:, torch.cat((here, there))] *= SPREAD / spread
     # The bias of the answers is in what all final states have in common.
-    table = setting.text.embed_tokens.weight
-    common = judge(setting, texts, documents, pictures).final.mean((0, 1))
-    excess = common @ direction - LIKELY
-    table[setting.prompter.token_id("no")] += excess * common / common.square().sum()
+    judged = judge(setting, texts, documents, pictures)
+    common = judged.final.mean((0, 1))
+    table[no] += (judged.logits.mean() - LIKELY) * common / common.square().sum()
 
 
 def _states(

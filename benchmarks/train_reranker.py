@@ -37,13 +37,13 @@ from .training import (
     train,
 )
 
-PREPARED, PAIRS = 150, 144  # steps without lists, and pairs in each of them
-LISTS, LIST_LENGTH = 24, 8  # of a step
+PREPARED, PAIRS = 250, 144  # steps without lists, and pairs in each of them
+LISTS, LIST_LENGTH = 20, 8  # of a step
 TOP = 20  # documents of the embedder that a list is drawn from
-TOLD, SURE = 0.3, 0.3  # shares of the loss that lists do not have
+TOLD, SURE = 0.5, 0.3  # shares of the loss that lists do not have
 TOLD_LENGTHS = (192, 64)
 GALLERIES = 3
-REPORTED = 60
+REPORTED = 50
 
 Find = Callable[[Sequence[str], int], Tensor]
 
@@ -57,13 +57,18 @@ class Told:
             "told_scale": torch.nn.Parameter(scale.clone()),
         }
 
-    def loss(self, judged: Judged, asked: Tensor, shown: Tensor, others: Tensor) -> Tensor:
-        """How badly the emoji asked for ``[Q]`` and shown ``[Q, L]`` are recognised.
+    def loss(self, judged: Judged, asked: Tensor, shown: Tensor, fits: Tensor) -> Tensor:
+        """How badly the emoji asked for ``[Q]`` and shown ``[Q, L]`` are recognised, by the
+        anchors and, where each query's emoji is shown somewhere, by one another.
 
         Args:
-            others: ``[Q, N]`` bool, what a query fits besides: neither right nor wrong.
+            fits: ``[Q, N]`` bool, every emoji that a query fits.
         """
         anchors, scale = self.parameters["told_anchors"], self.parameters["told_scale"].exp()
+        drawn = shown.flatten()
+        besides = fits.scatter(1, asked[:, None], False)  # neither right nor wrong
+        own = asked[:, None] == drawn
+        matches = own.int().argmax(1)
         loss = anchors.new_zeros(())
         for size in TOLD_LENGTHS:
             # Until it meets the picture, the query is the same in all its rows.
@@ -71,15 +76,18 @@ class Told:
                 F.normalize(x[..., :size], dim=-1)
                 for x in (judged.asked[:, 0], judged.shown.flatten(0, 1), anchors)
             )
-            by_query = (scale * queries @ known.T).masked_fill(others, -1e4)
+            by_query = (scale * queries @ known.T).masked_fill(besides, -1e4)
             loss = loss + F.cross_entropy(by_query, asked)
-            loss = loss + F.cross_entropy(scale * documents @ known.T, shown.flatten())
+            loss = loss + F.cross_entropy(scale * documents @ known.T, drawn)
+            pairs = (scale * queries @ documents.T).masked_fill(besides[:, drawn], -1e4)
+            loss = loss + F.cross_entropy(pairs, matches)
+            loss = loss + F.cross_entropy(pairs[:, matches].T, torch.arange(len(asked)))
         return loss / len(TOLD_LENGTHS)
 
 
 def reranker_step(setting: Setting, told: Told, find: Find, step: int) -> Tensor:
     """The loss of one step: the right document first in each list, yes or no for each document,
-    and what was asked for and shown. Before :data:`PREPARED` only the last, of random pairs."""
+    and what was asked for and shown. Before :data:`PREPARED` only the last, of pairs that do not match."""
     rng = random.Random(f"reranker {SEED} {step} {setting.team.rank}")
     canvas = draw_canvas(step)
     count = (PAIRS if step < PREPARED else LISTS) // setting.team.size
@@ -90,13 +98,12 @@ def reranker_step(setting: Setting, told: Told, find: Find, step: int) -> Tensor
     for row, (_, targets) in enumerate(words):
         fits[row, list(targets)] = True
     labels = torch.tensor(asked)
-    others = fits.scatter(1, labels[:, None], False)
     if step < PREPARED:
-        shown = [[i] for i in rng.sample(range(len(setting.sprites)), count)]
+        shown = [[i] for i in rng.sample(asked, count)]
     else:
         shown = draw_lists(asked, fits, find(texts, step % GALLERIES), rng)
     judged = judge_lists(setting, texts, shown, canvas, rng)
-    loss = told.loss(judged, labels, torch.tensor(shown), others)
+    loss = told.loss(judged, labels, torch.tensor(shown), fits)
     if step < PREPARED:
         return loss
     answers = torch.zeros_like(judged.logits)
