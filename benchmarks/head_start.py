@@ -78,7 +78,7 @@ def forget(out: Path) -> None:
 
 
 def _picture_run(out: Path) -> Run:
-    return Run(out, "pictures", PICTURE_STEPS, PICTURE_RATE)
+    return Run(out, "pictures", PICTURE_STEPS, PICTURE_RATE, is_even=True)
 
 
 def learn_tokens(setting: Setting, count: int) -> Meaning:

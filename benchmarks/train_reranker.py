@@ -87,7 +87,8 @@ class Told:
 
 def reranker_step(setting: Setting, told: Told, find: Find, step: int) -> Tensor:
     """The loss of one step: the right document first in each list, yes or no for each document,
-    and what was asked for and shown. Before :data:`PREPARED` only the last, of pairs that do not match."""
+    and what was asked for and shown. Before :data:`PREPARED` only the last, of pairs that hardly
+    ever match."""
     rng = random.Random(f"reranker {SEED} {step} {setting.team.rank}")
     canvas = draw_canvas(step)
     count = (PAIRS if step < PREPARED else LISTS) // setting.team.size

@@ -266,12 +266,16 @@ class Run:
     """A training of ``steps`` steps at the learning rate ``peak``.
 
     ``OUT/NAME.pt`` holds its state, ``OUT/NAME.csv`` its log; both are renewed at every report.
+
+    Attributes:
+        is_even: everything learns at the same rate, see :func:`make_optimizers`.
     """
 
     out: Path
     name: str
     steps: int
     peak: float
+    is_even: bool = False
 
     @property
     def state(self) -> Path:
@@ -319,7 +323,8 @@ def train(
     begun, losses = time.perf_counter() - spent, []
     for step in range(first, run.steps):
         for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = learning_rate(step, run.steps, run.peak) * group["factor"]
+            factor = 1.0 if run.is_even else group["factor"]
+            group["lr"] = learning_rate(step, run.steps, run.peak) * factor
         loss = loss_of(step)
         model.zero_grad(set_to_none=True)
         for p in extra.values():
