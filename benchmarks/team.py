@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 # One part of the head start is the first process's alone.
 PATIENCE = timedelta(hours=2)
@@ -59,7 +60,7 @@ def together(size: int, work: Callable[..., None], *arguments: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         meeting = Path(scratch) / "meeting"
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        torch.multiprocessing.spawn(_join, (size, meeting, work, arguments), nprocs=size)
+        spawn(_join, (size, meeting, work, arguments), nprocs=size)
 
 
 def _join(

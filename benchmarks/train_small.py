@@ -18,7 +18,6 @@ from .team import together
 from .train_embedder import train_embedder
 from .train_reranker import train_reranker
 
-
 STEPS = {"embedder": 500, "reranker": 900}
 RATE = 1.5e-3
 
