@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -15,12 +16,12 @@ from ..weights import Merger, VisionBlock, VisionWeights
 
 def vision_forward(
     ops: Ops, weights: VisionWeights, config: VisionConfig, batch: VisionBatch
-) -> tuple[Tensor, list[Tensor]]:
-    """Run the tower over packed pictures and videos.
+) -> Generator[None, None, list[Tensor]]:
+    """Run the tower over packed pictures and videos, block by block.
 
     Returns:
-        The visual tokens ``[V, out_hidden_size]``, and for each deepstack level what is added to
-        them after the decoder layer of that number, ``[V, out_hidden_size]`` each.
+        The visual tokens ``[V, out_hidden_size]``, and then for each deepstack level what is added
+        to them after the decoder layer of that number, ``[V, out_hidden_size]`` each.
     """
     x = _embed_patches(ops, weights, config, batch)
     cos, sin = ops.vision_rope_tables(batch.positions, config.head_dim, config.rope_theta)
@@ -30,7 +31,8 @@ def vision_forward(
         if index in config.deepstack_layers:
             level = config.deepstack_layers.index(index)
             deepstack.append(_merge(ops, weights.deepstack[level], config, x))
-    return _merge(ops, weights.merger, config, x), deepstack
+        yield
+    return [_merge(ops, weights.merger, config, x), *deepstack]
 
 
 def _embed_patches(
