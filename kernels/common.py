@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -36,8 +37,19 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
 }
 
+AHEAD: ContextVar[Ahead | None] = ContextVar("AHEAD", default=None)
+"""Set while launches are compiled and not run, see ahead.py: operands are then without storage."""
+
 # The interpreter keeps the program's place in globals.
 _ONE_AT_A_TIME = threading.Lock()
+
+
+class Ahead(Protocol):
+    """What takes launches in place of a GPU."""
+
+    @property
+    def target(self) -> str: ...
+    def compile(self, op: str, kernel: Any, args: tuple[Any, ...], options: Any) -> None: ...
 
 
 class RefusalError(ValueError):
@@ -65,6 +77,8 @@ def require_device(op: str, *tensors: Tensor) -> None:
     Raises:
         RefusalError: they are not, or it does not.
     """
+    if AHEAD.get() is not None:
+        return
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
         raise RefusalError(f"{op}: operands on several devices: {', '.join(map(str, devices))}")
@@ -89,9 +103,14 @@ def require_unit_stride(op: str, **tensors: Tensor) -> None:
             )
 
 
-@lru_cache(maxsize=64)
 def target_of(device: torch.device) -> str:
     """What configs are chosen for: ``interpreter``, or ``sm_89`` and the like."""
+    ahead = AHEAD.get()
+    return ahead.target if ahead is not None else _target_here(device)
+
+
+@lru_cache(maxsize=64)
+def _target_here(device: torch.device) -> str:
     if INTERPRETED:
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
@@ -134,6 +153,10 @@ def launch(op: str, kernel: Any, programs: int, *args: Any, config: Any, **const
         "num_stages": getattr(config, "stages", 1),
         "enable_fp_fusion": True,
     }
+    ahead = AHEAD.get()
+    if ahead is not None:
+        ahead.compile(op, kernel, args, constants | options)
+        return
     if INTERPRETED:
         with _ONE_AT_A_TIME:
             kernel[(programs,)](*args, **constants, **options)

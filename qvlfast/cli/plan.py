@@ -144,7 +144,7 @@ class Planner:
         Raises:
             BackendError: the backend does not run it.
         """
-        setup = self._setup(wish)
+        setup = self.setup(wish)
         return Plan(
             wish.dtype,
             setup.backend,
@@ -166,7 +166,7 @@ class Planner:
         """
         assert self.device.memory is not None
         room = self.device.memory - self.plan(wish).weights - self.device.fixed
-        setup = self._setup(wish)
+        setup = self.setup(wish)
         merged = self.config.vision.spatial_merge_size**2
 
         def peak(count: int) -> int:
@@ -177,7 +177,12 @@ class Planner:
 
         return largest_batch(peak, room)
 
-    def _setup(self, wish: Wish) -> Setup:
+    def setup(self, wish: Wish) -> Setup:
+        """Formats and backend of what is wished for.
+
+        Raises:
+            BackendError: the backend does not run it.
+        """
         dtype, plan = wish.torch_dtype, wish.quantization
         # The table for a device that need not be here.
         device = torch.device(self.device.kind)
