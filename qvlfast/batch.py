@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -57,6 +57,11 @@ class Batch:
     vision: VisionBatch | None
     visual_index: Tensor
     visual_rows: Tensor
+
+    @cached_property
+    def read_rows(self) -> Tensor:
+        """``read`` on the device of the batch; put there once, which graphs count on."""
+        return torch.from_numpy(self.read).to(self.ids.device)
 
 
 @lru_cache(maxsize=256)

@@ -78,7 +78,6 @@ def pad(batch: Batch, bucket: Bucket) -> tuple[Batch, NDArray[np.int64]]:
     Returns:
         The padded batch, and the rows of its answer that the batch had asked for ``[R]``.
     """
-    starts = batch.forest.cu_q[:-1].astype(np.int64)
     lengths = np.diff(batch.forest.cu_q)
     rows = np.concatenate(
         [i * bucket.length + np.arange(n) for i, n in enumerate(lengths)], dtype=np.int64
@@ -95,7 +94,7 @@ def pad(batch: Batch, bucket: Bucket) -> tuple[Batch, NDArray[np.int64]]:
         forest=Forest.plain([bucket.length] * bucket.prompts),
         read=np.arange(bucket.tokens),
     )
-    return padded, rows[batch.read - starts + starts]
+    return padded, rows[batch.read]
 
 
 class Graphs:
@@ -107,6 +106,8 @@ class Graphs:
         forward: the model's; it must neither copy from the host nor wait for the device when it is
             called with a batch that it has seen.
         buckets: shapes to capture, each at its first use.
+        keep: called after each capture; what it returns lives as long as the graph. For what
+            ``forward`` has put on the device and may drop, such as plans of attention.
         enabled: False runs everything by ``forward``.
     """
 
@@ -115,9 +116,11 @@ class Graphs:
         forward: Callable[[Batch], Tensor],
         buckets: Sequence[Bucket] = BUCKETS,
         *,
+        keep: Callable[[], object] = lambda: None,
         enabled: bool = True,
     ) -> None:
         self._forward = forward
+        self._keep = keep
         self._buckets = tuple(buckets)
         self._captured: dict[Bucket, _Captured] = {}
         self.enabled = enabled
@@ -131,7 +134,7 @@ class Graphs:
             return self._forward(batch)
         padded, rows = pad(batch, bucket)
         if bucket not in self._captured:
-            self._captured[bucket] = _Captured(self._forward, padded)
+            self._captured[bucket] = _Captured(self._forward, padded, self._keep)
         answer = self._captured[bucket].replay(padded)
         return answer[torch.from_numpy(rows).to(answer.device)]
 
@@ -139,7 +142,9 @@ class Graphs:
 class _Captured:
     """One graph with the tensors it reads and writes."""
 
-    def __init__(self, forward: Callable[[Batch], Tensor], batch: Batch) -> None:
+    def __init__(
+        self, forward: Callable[[Batch], Tensor], batch: Batch, keep: Callable[[], object]
+    ) -> None:
         # Kept, with its forest: plans of attention are found by the objects they were made for.
         self._batch = replace(batch, ids=batch.ids.clone(), positions=batch.positions.clone())
         side = torch.cuda.Stream(batch.ids.device)
@@ -151,6 +156,7 @@ class _Captured:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._answer = forward(self._batch)
+        self._kept = keep()
 
     def replay(self, batch: Batch) -> Tensor:
         """The answer, which the next replay overwrites."""

@@ -71,7 +71,7 @@ def text_forward(
             kept.append(keys_values)
         if index < len(deepstack):
             ops.add_rows(x, batch.visual_index, deepstack[index])
-    rows = None if prune else torch.from_numpy(batch.read).to(x.device)
+    rows = None if prune else batch.read_rows
     return TextOutput(hidden=x, read=rows, keys_values=tuple(kept))
 
 
@@ -91,7 +91,7 @@ def _layer(
     k, v = (half.unflatten(1, heads) for half in ops.linear(normed, layer.kv_proj).chunk(2, dim=1))
     k = ops.norm_rope(k, layer.k_norm, cos, sin, config.norm_eps)
     if read is not None:
-        rows = torch.from_numpy(read).to(x.device)
+        rows = batch.read_rows
         x, normed, cos, sin = x[rows], normed[rows], cos[rows], sin[rows]
     q = ops.linear(normed, layer.q_proj).unflatten(1, heads)
     q = ops.norm_rope(q, layer.q_norm, cos, sin, config.norm_eps)
