@@ -53,25 +53,22 @@ class GemmConfig:
 # one kind to the next as a value grows from 1 to 4 bytes. One of many rows is bound by arithmetic:
 # 128 × 128 is the largest block whose 3 stages (96 KB) fit every target; sm_90 and sm_100 have
 # 227 KB and wider matrix units, which want 256 columns. float32 multiplies on the plain units, so
-# its blocks are small enough for registers. On sm_110 128 × 128 with 8 warps spills; so do FP8's
-# second accumulators on sm_90 (both seen in the machine code).
+# its blocks are small enough for registers.
 _MANY = 1 << 31
 _TABLE: dict[tuple[str, str, int], GemmConfig] = {
     ("float32", "*", 16): GemmConfig(16, 64, 32, warps=4, stages=2),
     ("float32", "*", _MANY): GemmConfig(64, 64, 32, warps=8, stages=2),
-    ("float16", "*", 16): GemmConfig(16, 64, 128, warps=4, stages=4),
+    ("float16", "*", 16): GemmConfig(16, 64, 128, warps=8, stages=4),
     ("float16", "*", 64): GemmConfig(64, 64, 64, warps=4, stages=4),
     ("float16", "*", _MANY): GemmConfig(128, 128, 64, warps=8, stages=3),
     ("float16", "sm_90", _MANY): GemmConfig(128, 256, 64, warps=8, stages=3),
     ("float16", "sm_100", _MANY): GemmConfig(128, 256, 64, warps=8, stages=3),
-    ("float16", "sm_110", _MANY): GemmConfig(128, 64, 64, warps=8, stages=3),
     ("int8", "*", 16): GemmConfig(16, 64, 256, warps=4, stages=4),
     ("int8", "*", 64): GemmConfig(64, 64, 128, warps=4, stages=4),
     ("int8", "*", _MANY): GemmConfig(128, 128, 128, warps=8, stages=3),
     ("fp8", "*", 16): GemmConfig(16, 64, 128, warps=4, stages=4),
     ("fp8", "*", 64): GemmConfig(64, 64, 128, warps=4, stages=4),
     ("fp8", "*", _MANY): GemmConfig(128, 128, 128, warps=8, stages=3),
-    ("fp8", "sm_110", _MANY): GemmConfig(128, 64, 128, warps=8, stages=3),
     # k is that of one half: a byte holds two inputs, a group apart. See gemm_int4.py.
     ("int4", "*", 16): GemmConfig(16, 64, 64, warps=4, stages=4),
     ("int4", "*", 64): GemmConfig(64, 64, 64, warps=4, stages=4),
@@ -88,6 +85,7 @@ def gemm_config(
     *,
     activation: str = "none",
     gated: bool = False,
+    residual: bool = False,
 ) -> GemmConfig:
     """Blocks for an ``[m, k]`` by ``[n, k]`` product.
 
@@ -96,7 +94,7 @@ def gemm_config(
         target: ``sm_89`` and the like, or ``interpreter``, which pays by the program, so that
             blocks there are as large as NumPy handles well.
         n: outputs, after gating.
-        activation, gated: what follows the product; it needs registers too.
+        activation, gated, residual: what follows the product; it needs registers too.
     """
     if target == "interpreter":
         most = 128 if kind == "int4" else 512
@@ -104,8 +102,9 @@ def gemm_config(
         return GemmConfig(bm, bn, bk, warps=4, stages=1)
     rows = next(r for r in (16, 64, _MANY) if m <= r and (kind, "*", r) in _TABLE)
     config = _TABLE.get((kind, target, rows)) or _TABLE[kind, "*", rows]
-    if config.n == 256 and (n < 1024 or activation == "gelu_erf"):
-        # Two columns of programs or less; erf's polynomials do not fit beside the sums.
+    if config.n == 256 and (n < 1024 or activation == "gelu_erf" or residual):
+        # Few columns of programs; erf's polynomials, or a block of the residual, do not fit in
+        # registers beside the sums.
         config = replace(config, n=128)
     if gated:
         config = replace(config, n=config.n // 2)

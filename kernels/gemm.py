@@ -23,43 +23,26 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .activation import activate
 from .common import (
     EMULATE,
-    FLOATS,
     TRITON_DTYPES,
     RefusalError,
     dot,
     inline,
     launch,
-    narrow,
     require_device,
     require_floats,
     require_unit_stride,
     target_of,
-    widen,
 )
 from .configs import GemmConfig, gemm_config
+from .epilogue import add_parts, check_epilogue, finish, place, rescale
 from .quantise import require_form
 
-ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf", "silu")
 SCALE_GROUP = 128
 """Inputs that share a scale where the weight has one for more than whole channels."""
 
 _KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.float32: "float32"}
 # 127² · K must stay below 2³¹.
 _MOST_INPUTS = (1 << 31) // 127**2
-
-
-@inline
-def place(i_program, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """Row block and column block of a program.
-
-    Programs run down the rows in groups of 8 row blocks, so that those under way at once share
-    rows of x and of the weight in L2.
-    """
-    n_m, n_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    i_group = i_program // (8 * n_n)
-    n_group = tl.minimum(n_m - i_group * 8, 8)
-    i_in = i_program % (8 * n_n)
-    return i_group * 8 + i_in % n_group, i_in // n_group
 
 
 @inline
@@ -77,44 +60,6 @@ def multiply(b_x, b_w, b_acc, KIND: tl.constexpr, BK: tl.constexpr):
     else:
         b_acc = dot(b_x, b_w, b_acc)
     return b_acc
-
-
-@inline
-def rescale(b_acc, b_x_scale, p_w_scale, o_n, m_n):
-    """float32 of a sum, times its token's scale and then its channel's."""
-    # [BM, BN]
-    b_y = b_acc.to(tl.float32) * b_x_scale[:, None]
-    if p_w_scale is not None:
-        b_y *= tl.load(p_w_scale + o_n, mask=m_n, other=0.0)[None, :]
-    return b_y
-
-
-@inline
-def finish(
-    b_y,
-    o_m,
-    o_n,
-    M,
-    N,
-    p_bias,
-    p_residual,
-    stride_residual,
-    p_y,
-    ACTIVATION: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """What follows a product, up to the one rounding, and its store."""
-    # [BM, BN]
-    m = (o_m < M)[:, None] & (o_n < N)[None, :]
-    if p_bias is not None:
-        b_y += widen(tl.load(p_bias + o_n, mask=o_n < N, other=0.0))[None, :]
-    if ACTIVATION != "none":
-        b_y = activate(b_y, ACTIVATION)
-    if p_residual is not None:
-        p_rest = p_residual + o_m.to(tl.int64)[:, None] * stride_residual + o_n[None, :]
-        b_y += widen(tl.load(p_rest, mask=m, other=0.0))
-    p_out = p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
-    tl.store(p_out, narrow(b_y, DTYPE), mask=m)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -208,42 +153,6 @@ def gemm_kernel(
         finish(b_acc, o_m, o_n, M, N, p_bias, p_residual, stride_residual, p_y, ACTIVATION, DTYPE)
 
 
-@triton.jit(do_not_specialize=["M"])
-def reduce_kernel(
-    p_part,
-    p_x_scale,
-    p_w_scale,
-    p_bias,
-    p_residual,
-    p_y,
-    M,
-    N,
-    stride_residual,
-    ACTIVATION: tl.constexpr,
-    DTYPE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """One program: a BM × BN block of y from SPLIT sums, added in their order."""
-    i_m, i_n = tl.program_id(0) // tl.cdiv(N, BN), tl.program_id(0) % tl.cdiv(N, BN)
-    # [BM], [BN]
-    o_m = i_m * BM + tl.arange(0, BM)
-    o_n = i_n * BN + tl.arange(0, BN)
-    # [BM, BN]
-    m = (o_m < M)[:, None] & (o_n < N)[None, :]
-    p_block = p_part + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
-    b_acc = tl.load(p_block, mask=m, other=0)
-    for i_split in tl.static_range(1, SPLIT):
-        o_part = (o_m + i_split * M).to(tl.int64)[:, None] * N + o_n[None, :]
-        b_acc += tl.load(p_part + o_part, mask=m, other=0)
-    if p_x_scale is not None:
-        # [BM]
-        b_x_scale = tl.load(p_x_scale + o_m, mask=o_m < M, other=0.0)
-        b_acc = rescale(b_acc, b_x_scale, p_w_scale, o_n, o_n < N)
-    finish(b_acc, o_m, o_n, M, N, p_bias, p_residual, stride_residual, p_y, ACTIVATION, DTYPE)
-
-
 def _operands(
     op: str, kind: str, x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None
 ) -> None:
@@ -271,38 +180,6 @@ def _operands(
             )
         if not scale.is_contiguous():
             raise RefusalError(f"{op}: {name} has strides {tuple(scale.stride())}: not contiguous")
-
-
-def check_epilogue(
-    op: str,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    bias: Tensor | None,
-    activation: str,
-    residual: Tensor | None,
-    gated: bool,
-) -> None:
-    """Raise RefusalError unless what follows a product fits its result.
-
-    Args:
-        shape: of the result, after gating.
-    """
-    if dtype not in FLOATS:
-        raise RefusalError(f"{op}: a result in {dtype}, not float32, float16 or bfloat16")
-    if activation not in ACTIVATIONS:
-        raise RefusalError(f"{op}: activation {activation!r}, not one of {', '.join(ACTIVATIONS)}")
-    if gated and (bias is not None or activation != "none"):
-        raise RefusalError(f"{op}: a gated product takes neither bias nor activation")
-    if bias is not None:
-        require_floats(op, bias=bias)
-        if bias.shape != shape[1:] or not bias.is_contiguous():
-            raise RefusalError(f"{op}: bias {tuple(bias.shape)} for {shape[1]} outputs")
-    if residual is not None:
-        require_unit_stride(op, residual=residual)
-        if tuple(residual.shape) != shape or residual.dtype != dtype:
-            raise RefusalError(
-                f"{op}: residual is {tuple(residual.shape)} {residual.dtype}, not {shape} {dtype}"
-            )
 
 
 def _describable(x: Tensor) -> bool:
@@ -334,7 +211,9 @@ def _product(
     extra = [t for t in (x_scale, w_scale, bias, residual) if t is not None]
     require_device(op, x, weight, *extra)
     target = target_of(x.device)
-    config = config or gemm_config(kind, target, m, n, k, activation=activation, gated=gated)
+    config = config or gemm_config(
+        kind, target, m, n, k, activation=activation, gated=gated, residual=residual is not None
+    )
     grouped = w_scale is not None and w_scale.dim() == 2
     if grouped:
         # Its scales stay with the inputs they belong to, and leave no sum to add up later.
@@ -376,24 +255,7 @@ def _product(
         **constants,
     )
     if config.split > 1:
-        launch(
-            "reduce",
-            reduce_kernel,
-            triton.cdiv(m, 4) * triton.cdiv(n, 256),
-            part,
-            x_scale,
-            w_scale,
-            bias,
-            residual,
-            out,
-            m,
-            n,
-            0 if residual is None else residual.stride(0),
-            config=replace(config, warps=4, stages=1),
-            BM=4,
-            BN=256,
-            **constants,
-        )
+        add_parts(part, out, x_scale, w_scale, bias, activation, residual)
     return out
 
 

@@ -35,13 +35,14 @@ from .configs import GemmConfig, gemm_config
 
 
 def patch_embed_config(target: str, dtype: torch.dtype, n: int, c: int, k: int) -> GemmConfig:
-    """As for any product, but by pointers, never split, and never 256 columns: pixels become floats
-    in registers, and with the wider block they do not fit (seen in the machine code)."""
+    """As for any product, but by pointers, never split, and never more than 64 columns: pixels
+    become floats in registers, and the grid's corners are added there; with the wider block they do
+    not fit (seen in the machine code)."""
     kind = "float32" if dtype == torch.float32 else "float16"
     config = gemm_config(kind, target, n, c, k)
     if target == "interpreter":
         return config
-    return replace(config, n=min(config.n, 128), split=1, descriptors=False)
+    return replace(config, n=min(config.n, 64), split=1, descriptors=False)
 
 
 @inline

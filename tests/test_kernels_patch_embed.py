@@ -85,4 +85,4 @@ def test_refusals_name_operand_and_reason() -> None:
 def test_blocks(target, dtype) -> None:
     for n in (1, 64, 4096):
         config = patch_embed_config(target, dtype, n, 1152, 768)
-        assert config.n <= 128 and config.split == 1 and not config.descriptors
+        assert config.n <= 64 and config.split == 1 and not config.descriptors

@@ -10,6 +10,7 @@ import torch
 from qvlfast.kernels.common import LAUNCHES, RefusalError, RowConfig
 from qvlfast.kernels.configs import GemmConfig
 from qvlfast.kernels.gemm import linear_quantised
+from qvlfast.kernels.gemm_int4 import linear_int4, pack_int4, widen_int4
 from qvlfast.kernels.quantise import quantise_rows
 
 from qvlfast.kernels import quantise as quantise_module
@@ -250,3 +251,75 @@ def test_refusals_name_operand_and_reason() -> None:
     wide = torch.zeros(1, 200_000, dtype=torch.int8)
     with pytest.raises(RefusalError, match=r"200000 inputs, the sums of more than 133144 overflow"):
         linear_quantised(wide, x_scale[:1], wide, w_scale[:1], dtype=torch.float32)
+
+
+def draw_int4(m, k, n, group):
+    """int8 rows, their scales, a weight of 4 bits, and the product as a float32 of the true sum."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.integers(-127, 128, (m, k), dtype=np.int8))
+    values = torch.from_numpy(rng.integers(-7, 8, (n, k), dtype=np.int8))
+    multiplier = torch.from_numpy(rng.integers(1, 19, (n, -(-k // group)), dtype=np.uint8))
+    x_scale, w_scale = scales(rng, m), scales(rng, n)
+    wide = values * multiplier.to(torch.int8).repeat_interleave(group, dim=1)[:, :k]
+    product = x.double().numpy() @ wide.double().numpy().T
+    return x, x_scale, (values, multiplier, w_scale), wide, product
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(
+    "shape", [(0, 64, 8), (1, 2, 1), (15, 64, 33), (17, 300, 31), (33, 130, 40)]
+)
+def test_int4_is_exact(shape, split, group) -> None:
+    x, x_scale, (values, multiplier, w_scale), wide, product = draw_int4(*shape, group)
+    # Two parts, as the projections of one input are.
+    cut = shape[2] // 2
+    halves = [[t[:cut], t[cut:]] for t in (values, multiplier, w_scale)]
+    weight = pack_int4(list(zip(*halves, strict=True)), group)
+    assert weight.shape == (shape[2], shape[1])
+    assert torch.equal(widen_int4(weight), wide)
+    expected = product.astype(np.float32) * x_scale.numpy()[:, None] * w_scale.numpy()
+    for dtype in DTYPES:
+        config = replace(BLOCKS, split=split)
+        got = linear_int4(poisoned(x), x_scale, weight, dtype=dtype, config=config)
+        assert torch.equal(got, torch.from_numpy(expected).to(dtype))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_int4_is_int8_to_the_bit_whatever_the_number_of_rows(gated) -> None:
+    x, x_scale, parts, wide, _ = draw_int4(65, 200, 34, 64)
+    weight = pack_int4([parts], 64)
+    x_scale = x_scale / 127
+    residual = None if gated else torch.randn(65, 34, generator=torch.Generator().manual_seed(0))
+    for m, launches in (
+        (64, {"linear_int4": 1}),
+        (65, {"widen_int4": 1, "linear_int8": 1}),
+    ):
+        rest = {
+            "dtype": torch.float32,
+            "gated": gated,
+            "residual": None if residual is None else residual[:m],
+        }
+        prefix = "gated_" if gated else ""
+        LAUNCHES.clear()
+        got = linear_int4(x[:m], x_scale[:m], weight, **rest)
+        assert dict(LAUNCHES) == {
+            f"{'' if name == 'widen_int4' else prefix}{name}": count
+            for name, count in launches.items()
+        }
+        expected = linear_quantised(x[:m], x_scale[:m], wide, parts[2], **rest)
+        assert torch.equal(got, expected)
+
+
+def test_int4_refusals_name_operand_and_reason() -> None:
+    x, x_scale, parts, _, _ = draw_int4(3, 64, 5, 32)
+    weight = pack_int4([parts], 32)
+    for args, message in (
+        ((x[:, :32], x_scale, weight), r"x \(3, 32\) torch.int8, not \[M, 64\] int8"),
+        ((x.float(), x_scale, weight), r"x \(3, 64\) torch.float32"),
+        ((x, x_scale[:2], weight), r"x_scale \(2,\) torch.float32 for 3 rows"),
+    ):
+        with pytest.raises(RefusalError, match=message):
+            linear_int4(*args, dtype=torch.float32)
+    with pytest.raises(RefusalError, match="groups of 48 inputs, not 32, 64 or 128"):
+        pack_int4([parts], 48)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -14,13 +15,15 @@ from ..kernels.attention import attention
 from ..kernels.common import RefusalError
 from ..kernels.embed import add_rows, embed
 from ..kernels.gemm import linear, linear_quantised
+from ..kernels.gemm_int4 import Int4Packed, linear_int4, pack_int4
 from ..kernels.norm import layer_norm, rms_norm
 from ..kernels.patch_embed import patch_embed
 from ..kernels.pool import pool, score
-from ..kernels.quantise import quantise_rows, require_form
+from ..kernels.quantise import has_e4m3, quantise_rows, require_form
 from ..kernels.rope import mrope_tables, norm_rope, rope, vision_rope_tables
 from ..ops import Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
-from ..quant import Fp8Weight, Int4Weight, Int8Weight, quantise
+from ..quant import Fp8BlockWeight, Fp8Weight, Int4Weight, Int8Weight, quantise
+from ..quant.weights import FP8_BLOCK
 
 
 def _guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,6 +37,14 @@ def _guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
             raise BackendError(f"backend 'triton' refuses {error}") from error
 
     return run
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A weight as :func:`linear_quantised` takes it."""
+
+    values: Tensor
+    scale: Tensor
 
 
 @_guarded
@@ -51,18 +62,28 @@ def _prepare(
     tensors = [part for part in made if isinstance(part, Tensor)]
     if len(tensors) == len(made):
         return Linear(tensors[0] if len(tensors) == 1 else torch.cat(tensors), bias)
+    fours = [part for part in made if isinstance(part, Int4Weight)]
+    if len(fours) == len(made) and len({four.group for four in fours}) == 1:
+        triples = [(four.values(), four.multiplier, four.scale) for four in fours]
+        return Linear(pack_int4(triples, fours[0].group), bias, "int8")
     wide = [part.widen() if isinstance(part, Int4Weight) else part for part in made]
     eights = [part for part in wide if isinstance(part, Int8Weight)]
     if len(eights) == len(wide):
         values, scale = torch.cat([w.values for w in eights]), torch.cat([w.scale for w in eights])
-        return Linear(Int8Weight(values, scale), bias, "int8")
-    bytes_ = [part for part in made if isinstance(part, Fp8Weight)]
-    if len(bytes_) == len(made):
-        require_form("prepare", "fp8", bytes_[0].values.device)
+        return Linear(_Scaled(values, scale), bias, "int8")
+    channels = [part for part in made if isinstance(part, Fp8Weight)]
+    blocks = [part for part in made if isinstance(part, Fp8BlockWeight)]
+    if len(made) in (len(channels), len(blocks)):
+        require_form("prepare", "fp8", (channels or blocks)[0].values.device)
+        if blocks:
+            # A row for each 128 inputs: then parts of any number of outputs can follow another.
+            rows = [b.scale_inv.repeat_interleave(FP8_BLOCK, 0)[: b.shape[0]] for b in blocks]
+            scale = torch.cat(rows).T.contiguous()
+        else:
+            scale = torch.cat([w.scale for w in channels])
         # As bytes: torch concatenates no e4m3.
-        values = torch.cat([w.values.view(torch.int8) for w in bytes_])
-        scale = torch.cat([w.scale for w in bytes_])
-        return Linear(Fp8Weight(values.view(torch.float8_e4m3fn), scale), bias, "fp8")
+        values = torch.cat([w.values.view(torch.int8) for w in channels or blocks])
+        return Linear(_Scaled(values.view(torch.float8_e4m3fn), scale), bias, "fp8")
     kinds = ", ".join(type(part).__name__ for part in made)
     raise RefusalError(f"prepare: weights of several formats in one linear: {kinds}")
 
@@ -74,6 +95,10 @@ def _product(x: Rows, layer: Linear, **epilogue: Any) -> Tensor:
         return linear(rows, weight, layer.bias, **epilogue)
     if isinstance(weight, Tensor) or isinstance(rows, Tensor):
         raise RefusalError("linear: quantised rows meet a weight that is not quantised")
+    if isinstance(weight, Int4Packed):
+        return linear_int4(
+            rows.values, rows.scale, weight, layer.bias, dtype=rows.dtype, **epilogue
+        )
     return linear_quantised(
         rows.values,
         rows.scale,
@@ -133,6 +158,11 @@ class TritonOps(Ops):
     """The table with every entry a Triton kernel."""
 
     name = "triton"
+
+    def __init__(self, device: torch.device) -> None:
+        self.keeps = frozenset({"int8", "int4"})
+        if has_e4m3(device):
+            self.keeps |= {"fp8", "fp8_blocks"}
 
     prepare = staticmethod(_prepare)
     linear = staticmethod(_linear)
