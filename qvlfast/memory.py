@@ -106,6 +106,8 @@ def linear_bytes(n: int, k: int, form: Format, setup: Setup) -> int:
         sums = 4 if form == "int8" else 0
     else:
         sums = 0
+        if setup.backend == "triton" and form == "int4":
+            k = -(-k // (2 * group)) * 2 * group
     if form == "int8":
         return n * k + n * (4 + sums)
     if form == "int4":
@@ -113,7 +115,8 @@ def linear_bytes(n: int, k: int, form: Format, setup: Setup) -> int:
     if form == "fp8":
         return n * k + n * 4
     if form == "fp8_blocks":
-        return n * k + 4 * -(-n // 128) * -(-k // 128)
+        # Triton's kernels have the scales of a block's rows one by one.
+        return n * k + 4 * -(-k // 128) * (n if setup.backend == "triton" else -(-n // 128))
     return n * k * size
 
 
@@ -398,7 +401,24 @@ class _Triton(_Fused):
     @staticmethod
     def linear(x: Rows, layer: Linear, **rest: Any) -> Tensor:
         # Rows that no norm has quantised are in a launch of their own.
-        return _Fused.linear(_rows(x, layer.rows) if isinstance(x, Tensor) else x, layer)
+        rows = _rows(x, layer.rows) if isinstance(x, Tensor) else x
+        wide = _Triton._widened(layer)
+        out = _Fused.linear(rows, layer)
+        del wide
+        return out
+
+    @staticmethod
+    def gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:
+        wide = _Triton._widened(layer)
+        out = _Fused.gated_linear(x, layer, rows=rows)
+        del wide
+        return out
+
+    @staticmethod
+    def _widened(layer: Linear) -> list[Tensor]:
+        """int4 as int8, which many rows are multiplied by."""
+        fours = [part for part in layer.weight if isinstance(part, Int4Weight)]
+        return [torch.empty(four.shape, dtype=torch.int8, device=META) for four in fours]
 
     @staticmethod
     def patch_embed(pixels: Tensor, layer: Linear, table: Tensor, grids: Any, merge: int) -> Tensor:

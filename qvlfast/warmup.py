@@ -77,15 +77,16 @@ def compile_model(
         from .kernels.common import RefusalError
     except ImportError as error:
         raise BackendError(f"Triton is missing ({error}): pip install 'qvlfast[gpu]'") from None
-    small, ops = shortened(config), TritonOps()
+    small = shortened(config)
 
     def prepare(
         parts: Sequence[Weight], bias: Tensor | None, *, rows: RowFormat, gated: bool
     ) -> Linear:
-        return ops.prepare(parts, bias, gated=gated)
+        return TritonOps.prepare(parts, bias, gated=gated)
 
     try:
         with compiling_for(target, progress) as compiler:
+            ops = TritonOps(META)
             for head in (False, True) if reranker is None else (reranker,):
                 weights = stand_in_weights(small, setup, prepare, reranker=head)
                 model = Model(small, weights, ops)

@@ -74,10 +74,10 @@ from qvlfast.warmup import compile_model
 config = load_config(Path(sys.argv[1]))
 setup = Setup(torch.bfloat16, "triton", lambda n: "int8" if "layers" in n else "float")
 made = compile_model(config, setup, "sm_80", reranker=False)
-small, ops, rng = shortened(config), TritonOps(), np.random.default_rng()
-def prepare(parts, bias, *, rows, gated): return ops.prepare(parts, bias, gated=gated)
-model = Model(small, stand_in_weights(small, setup, prepare), ops)
+small, rng = shortened(config), np.random.default_rng()
+def prepare(parts, bias, *, rows, gated): return TritonOps.prepare(parts, bias, gated=gated)
 with compiling_for("sm_80") as compiler:
+    model = Model(small, stand_in_weights(small, setup, prepare), TritonOps(META))
     for _ in range(30):
         prompts = []
         for _ in range(rng.integers(1, 40)):
