@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -74,6 +74,11 @@ class Batch:
     visual_index: Tensor
     visual_rows: Tensor
     windows: tuple[Window, ...] = ()
+
+    @cached_property
+    def read_rows(self) -> Tensor:
+        """``read`` on the device of the batch; put there once, which graphs count on."""
+        return torch.from_numpy(self.read).to(self.ids.device)
 
 
 @dataclass(frozen=True)
