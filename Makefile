@@ -1,5 +1,5 @@
 # make test    the environment, the build, style, types and the quick tests
-# make check   the long ones: slow tests, sanitizers, aarch64
+# make check   the long ones: slow tests, GPU kernels compiled, sanitizers, aarch64
 # make demo    search emoji pictures with the models that come along; then every kind of input
 # make format  rewrite Python and C++ in the project's style
 #
@@ -21,11 +21,11 @@ sources := $(wildcard csrc/*.cpp csrc/*.h)
 cpp := $(sources) $(wildcard tests/native/*.cpp)
 stamp := $(VENV)/.stamp
 
-.PHONY: test check demo format clean build lint unit gpu-list slow sanitize aarch64 test-torch
+.PHONY: test check demo format clean build lint unit gpu-list slow aot sanitize aarch64 test-torch
 
 test: lint unit gpu-list
 
-check: slow sanitize aarch64
+check: slow aot sanitize aarch64
 
 # One stamp a step; each is made again when what it stands on has changed.
 
@@ -69,6 +69,10 @@ gpu-list: build
 
 slow: build
 	$(bin)/python -m pytest -q -m "slow and not gpu"
+
+# Every Triton kernel for every GPU that it is written for: needs none.
+aot: build
+	TRITON_INTERPRET=0 $(bin)/python -m benchmarks.aot --check
 
 sanitize: build
 	scripts/sanitize.sh $(abspath $(bin)/python)

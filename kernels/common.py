@@ -161,6 +161,10 @@ def widen(b_x):
     if EMULATE and b_x.dtype == tl.bfloat16:
         bits = b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         b_wide = bits.to(tl.float32, bitcast=True)
+    elif EMULATE and b_x.dtype == tl.float8e4nv:
+        # It takes the bits of NaN for 480.
+        b_wide = b_x.to(tl.float32)
+        b_wide = tl.where(tl.abs(b_wide) > 448.0, float("nan"), b_wide)
     else:
         b_wide = b_x.to(tl.float32)
     return b_wide

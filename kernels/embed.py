@@ -1,4 +1,4 @@
-"""The lookup of token embeddings."""
+"""The lookup of token embeddings, and what is added to some of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    TRITON_DTYPES,
     RefusalError,
     RowConfig,
     launch,
+    narrow,
     require_device,
     require_floats,
     require_unit_stride,
     row_config,
     target_of,
+    widen,
 )
 
 
@@ -71,3 +74,73 @@ def embed(ids: Tensor, table: Tensor, *, config: RowConfig | None = None) -> Ten
         BC=config.columns,
     )
     return out
+
+
+@triton.jit(do_not_specialize=["V"])
+def add_rows_kernel(
+    p_x,
+    p_index,
+    p_rows,
+    V,
+    C,
+    stride_x,
+    stride_rows,
+    DTYPE: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """One program: BT rows, whole."""
+    # [BT]
+    o_v = tl.program_id(0) * BT + tl.arange(0, BT)
+    # [1, BC]
+    o_c = tl.arange(0, BC)[None, :]
+    # [BT, BC]
+    m = (o_v < V)[:, None] & (o_c < C)
+    # [BT]
+    b_index = tl.load(p_index + o_v, mask=o_v < V, other=0).to(tl.int64)
+    # [BT, BC]
+    p_place = p_x + b_index[:, None] * stride_x + o_c
+    p_added = p_rows + o_v.to(tl.int64)[:, None] * stride_rows + o_c
+    b_x = widen(tl.load(p_place, mask=m, other=0.0))
+    b_x += widen(tl.load(p_added, mask=m, other=0.0))
+    tl.store(p_place, narrow(b_x, DTYPE), mask=m)
+
+
+def add_rows(x: Tensor, index: Tensor, rows: Tensor, *, config: RowConfig | None = None) -> None:
+    """``x[index] += rows``, in place: deepstack's addition at the visual tokens.
+
+    Args:
+        x: ``[T, C]``, float32, float16 or bfloat16.
+        index: ``[V]`` int32 or int64 rows of ``x``, none of them twice.
+        rows: ``[V, C]``, the dtype of ``x``.
+
+    Raises:
+        RefusalError: shapes or dtypes do not fit.
+    """
+    op = "add_rows"
+    require_floats(op, x=x, rows=rows)
+    require_device(op, x, index)
+    if index.dtype not in (torch.int32, torch.int64) or not index.is_contiguous():
+        raise RefusalError(f"{op}: index is {index.dtype}, not contiguous int32 or int64")
+    if x.dim() != 2 or rows.shape != (len(index), x.shape[1]):
+        raise RefusalError(
+            f"{op}: rows {tuple(rows.shape)} at {len(index)} places of x {tuple(x.shape)}"
+        )
+    require_unit_stride(op, x=x, rows=rows)
+    config = config or row_config(target_of(x.device), x.shape[1])
+    launch(
+        op,
+        add_rows_kernel,
+        triton.cdiv(len(rows), config.rows),
+        x,
+        index,
+        rows,
+        len(rows),
+        x.shape[1],
+        x.stride(0),
+        rows.stride(0),
+        config=config,
+        DTYPE=TRITON_DTYPES[x.dtype],
+        BT=config.rows,
+        BC=config.columns,
+    )

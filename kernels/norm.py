@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm over the last axis, in float32."""
+"""RMSNorm and LayerNorm over the last axis, in float32; int8 or e4m3 out in the same pass."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .common import (
     target_of,
     widen,
 )
+from .quantise import new_rows, quantise_block, require_form
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -27,16 +28,21 @@ def norm_kernel(
     p_weight,
     p_bias,
     p_y,
+    p_scale,
     T,
     C,
     stride_x,
     eps,
     CENTRED: tl.constexpr,
+    FORM: tl.constexpr,
     DTYPE: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One program: BT rows, whole. CENTRED: LayerNorm, with a bias; otherwise RMSNorm."""
+    """One program: BT rows, whole. CENTRED: LayerNorm, with a bias; otherwise RMSNorm.
+
+    With a FORM the result is quantised, one scale a row.
+    """
     # [BT, 1]
     o_t = (tl.program_id(0) * BT + tl.arange(0, BT))[:, None]
     # [1, BC]
@@ -57,7 +63,16 @@ def norm_kernel(
     b_y = b_x * (1.0 / tl.sqrt(b_var + eps)) * b_weight
     if CENTRED:
         b_y += widen(tl.load(p_bias + o_c, mask=m_c, other=0.0))
-    tl.store(p_y + o_t.to(tl.int64) * C + o_c, narrow(b_y, DTYPE), mask=m)
+    p_out = p_y + o_t.to(tl.int64) * C + o_c
+    if FORM == "float":
+        tl.store(p_out, narrow(b_y, DTYPE), mask=m)
+    else:
+        # Rounded first, as if it had been stored in between: the same bits either way.
+        b_values, b_scale = quantise_block(widen(narrow(b_y, DTYPE)), FORM)
+        tl.store(p_out, b_values, mask=m)
+        # [BT]
+        o_row = tl.program_id(0) * BT + tl.arange(0, BT)
+        tl.store(p_scale + o_row, b_scale, mask=o_row < T)
 
 
 def normalise(
@@ -66,17 +81,18 @@ def normalise(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    dtype: torch.dtype,
+    rows: str = "float",
     config: RowConfig | None = None,
-) -> Tensor:
-    """RMSNorm without ``bias``, LayerNorm with it; the result in ``dtype``.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm without ``bias``, LayerNorm with it.
 
     Args:
-        x: ``[..., C]``.
+        x: ``[..., C]``, or ``[T, C]`` if the result is to be quantised.
         weight, bias: ``[C]``, any float dtype.
+        rows: ``float`` for the dtype of ``x``; ``int8`` or ``fp8`` for values and scales.
 
     Raises:
-        RefusalError: sizes differ, or the operands are not floats.
+        RefusalError: sizes differ, the operands are not floats, or the device has no e4m3.
     """
     require_floats(op, x=x)
     for name, vector in (("weight", weight), ("bias", bias)):
@@ -85,38 +101,52 @@ def normalise(
         require_floats(op, **{name: vector})
         if vector.shape != x.shape[-1:] or not vector.is_contiguous():
             raise RefusalError(f"{op}: {name} {tuple(vector.shape)} for rows of {x.shape[-1]}")
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rows = x.reshape(-1, x.shape[-1])
-    require_unit_stride(op, x=rows)
-    config = config or row_config(target_of(x.device), rows.shape[1])
+    flat = x.reshape(-1, x.shape[-1])
+    require_unit_stride(op, x=flat)
+    if rows == "float":
+        out, scale = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
+    else:
+        require_form(op, rows, x.device)
+        out, scale = new_rows(tuple(flat.shape), rows, x.device)
+    config = config or row_config(target_of(x.device), flat.shape[1])
     launch(
         op,
         norm_kernel,
-        triton.cdiv(len(rows), config.rows),
-        rows,
+        triton.cdiv(len(flat), config.rows),
+        flat,
         weight,
-        weight if bias is None else bias,
+        bias,
         out,
-        len(rows),
-        rows.shape[1],
-        rows.stride(0),
+        scale,
+        len(flat),
+        flat.shape[1],
+        flat.stride(0),
         eps,
         config=config,
         CENTRED=bias is not None,
-        DTYPE=TRITON_DTYPES[dtype],
+        FORM=rows,
+        DTYPE=TRITON_DTYPES[x.dtype],
         BT=config.rows,
         BC=config.columns,
     )
-    return out
+    return out if scale is None else (out, scale)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, config: RowConfig | None = None) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight; the shape and dtype of ``x`` ``[..., C]``."""
-    return normalise("rms_norm", x, weight, None, eps, x.dtype, config)
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, rows: str = "float", *, config: RowConfig | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x²) + eps) · weight; see :func:`normalise`."""
+    return normalise("rms_norm", x, weight, None, eps, rows, config)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, config: RowConfig | None = None
-) -> Tensor:
-    """(x − mean) / sqrt(var + eps) · weight + bias; the shape and dtype of ``x`` ``[..., C]``."""
-    return normalise("layer_norm", x, weight, bias, eps, x.dtype, config)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    rows: str = "float",
+    *,
+    config: RowConfig | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x − mean) / sqrt(var + eps) · weight + bias; see :func:`normalise`."""
+    return normalise("layer_norm", x, weight, bias, eps, rows, config)

@@ -1,41 +1,55 @@
 """From uint8 pixels to the vision tower's first hidden states.
 
-The pixels stay bytes until they are in registers: no float patch tensor exists. The position rows
-are added before the one rounding to the model's dtype.
+The pixels stay bytes until they are in registers: no float patch tensor exists. The learned
+position grid is resampled where it is added, before the one rounding to the model's dtype, so that
+no tensor of positions exists either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .common import (
     TRITON_DTYPES,
     RefusalError,
-    RowConfig,
     dot,
+    inline,
     launch,
     narrow,
     require_device,
     require_floats,
     require_unit_stride,
-    row_config,
     target_of,
     widen,
 )
-from .gemm import GemmConfig, gemm_config
+from .configs import GemmConfig, gemm_config
 
 
 def patch_embed_config(target: str, dtype: torch.dtype, n: int, c: int, k: int) -> GemmConfig:
-    """As for any product, but never 256 columns: pixels become floats in registers, and with the
-    wider block they do not fit (seen in the machine code)."""
-    config = gemm_config(target, dtype, n, c, k)
-    return config if target == "interpreter" else replace(config, n=min(config.n, 128))
+    """As for any product, but by pointers, never split, and never more than 64 columns: pixels
+    become floats in registers, and the grid's corners are added there; with the wider block they do
+    not fit (seen in the machine code)."""
+    kind = "float32" if dtype == torch.float32 else "float16"
+    config = gemm_config(kind, target, n, c, k)
+    if target == "interpreter":
+        return config
+    return replace(config, n=min(config.n, 64), split=1, descriptors=False)
+
+
+@inline
+def add_corner(b_acc, p_table, stride_table, o_row, b_share, o_c, m):
+    """b_acc ``[BM, BN]`` + rows ``o_row`` of the grid · their shares, both ``[BM]``."""
+    p_corner = p_table + o_row.to(tl.int64)[:, None] * stride_table + o_c[None, :]
+    return b_acc + widen(tl.load(p_corner, mask=m, other=0.0)) * b_share[:, None]
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -43,14 +57,16 @@ def patch_embed_kernel(
     p_pixels,
     p_weight,
     p_bias,
-    p_positions,
+    p_table,
+    p_places,
     p_y,
     N,
     C,
     K,
     stride_pixels,
     stride_weight,
-    stride_positions,
+    stride_table,
+    SIDE: tl.constexpr,
     DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -81,44 +97,88 @@ def patch_embed_kernel(
     # [BM, BN]
     m = (o_n < N)[:, None] & (o_c < C)[None, :]
     b_acc += tl.load(p_bias + o_c, mask=o_c < C, other=0.0)[None, :]
-    p_place = p_positions + o_n[:, None] * stride_positions + o_c[None, :]
-    b_acc += tl.load(p_place, mask=m, other=0.0)
+    # [BM]: where each patch is in the grid, and the grid's rows and columns around it
+    b_down = tl.load(p_places + o_n, mask=o_n < N, other=0.0)
+    b_across = tl.load(p_places + N + o_n, mask=o_n < N, other=0.0)
+    o_top, o_left = b_down.to(tl.int32), b_across.to(tl.int32)
+    b_down, b_across = b_down - o_top, b_across - o_left
+    o_bottom, o_right = tl.minimum(o_top + 1, SIDE - 1), tl.minimum(o_left + 1, SIDE - 1)
+    b_acc = add_corner(
+        b_acc, p_table, stride_table, o_top * SIDE + o_left, (1 - b_down) * (1 - b_across), o_c, m
+    )
+    b_acc = add_corner(
+        b_acc, p_table, stride_table, o_top * SIDE + o_right, (1 - b_down) * b_across, o_c, m
+    )
+    b_acc = add_corner(
+        b_acc, p_table, stride_table, o_bottom * SIDE + o_left, b_down * (1 - b_across), o_c, m
+    )
+    b_acc = add_corner(
+        b_acc, p_table, stride_table, o_bottom * SIDE + o_right, b_down * b_across, o_c, m
+    )
     tl.store(p_y + o_n[:, None] * C + o_c[None, :], narrow(b_acc, DTYPE), mask=m)
+
+
+@lru_cache(maxsize=256)
+def _frame_places(height: int, width: int, merge: int, side: int) -> NDArray[np.float32]:
+    """Row and column in the grid of each patch of a frame, corners on corners, in merge order."""
+    spans = [
+        np.arange(n, dtype=np.float32) * np.float32(side - 1) / np.float32(max(n - 1, 1))
+        for n in (height, width)
+    ]
+    places = np.stack(np.meshgrid(*spans, indexing="ij"))
+    blocks = places.reshape(2, height // merge, merge, width // merge, merge).swapaxes(2, 3)
+    return np.ascontiguousarray(blocks).reshape(2, -1)
 
 
 def patch_embed(
     pixels: Tensor,
     weight: Tensor,
     bias: Tensor,
-    positions: Tensor,
+    table: Tensor,
+    grids: Sequence[tuple[int, int, int]],
+    merge: int,
     *,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """pixels · weightᵀ + bias + positions.
+    """pixels · weightᵀ + bias + the position grid, resampled bilinearly with aligned corners.
 
     Args:
         pixels: ``[N, K]`` uint8, one flattened patch a row.
         weight: ``[C, K]`` with the pixel normalisation folded in.
         bias: ``[C]`` float32.
-        positions: ``[N, C]`` float32.
+        table: ``[side², C]``, row by row, in any float dtype.
+        grids: frames (pairs), rows and columns of patches of each picture or video; their patches
+            make up ``pixels``. Every frame of a video has the same positions.
+        merge: patches come in blocks of ``merge`` × ``merge``.
 
     Returns:
         ``[N, C]`` in the dtype of ``weight``.
+
+    Raises:
+        RefusalError: shapes or dtypes do not fit.
     """
     op = "patch_embed"
     require_floats(op, weight=weight)
-    require_device(op, pixels, weight, bias, positions)
+    require_floats(op, table=table)
+    require_device(op, pixels, weight, bias, table)
     (n, k), c = pixels.shape, len(weight)
+    side = round(len(table) ** 0.5)
     if pixels.dtype != torch.uint8:
         raise RefusalError(f"{op}: pixels are {pixels.dtype}, not uint8")
-    for name, tensor, shape in (("bias", bias, (c,)), ("positions", positions, (n, c))):
-        if tensor.shape != shape or tensor.dtype != torch.float32:
-            raise RefusalError(
-                f"{op}: {name} {tuple(tensor.shape)} {tensor.dtype}, not {shape} float32"
-            )
+    if bias.shape != (c,) or bias.dtype != torch.float32:
+        raise RefusalError(f"{op}: bias {tuple(bias.shape)} {bias.dtype}, not {(c,)} float32")
     if weight.shape != (c, k):
         raise RefusalError(f"{op}: weight {tuple(weight.shape)} for patches of {k} values")
-    require_unit_stride(op, pixels=pixels, weight=weight, bias=bias, positions=positions)
+    if table.shape != (side * side, c):
+        raise RefusalError(f"{op}: table {tuple(table.shape)} is no square grid of {c} channels")
+    for _, h, w in grids:
+        if h % merge or w % merge:
+            raise RefusalError(f"{op}: {h} × {w} patches are not whole blocks of {merge} × {merge}")
+    if (count := sum(t * h * w for t, h, w in grids)) != n:
+        raise RefusalError(f"{op}: {n} patches for grids of {count}")
+    require_unit_stride(op, pixels=pixels, weight=weight, bias=bias, table=table)
+    frames = [np.tile(_frame_places(h, w, merge, side), t) for t, h, w in grids]
+    places = np.concatenate([np.empty((2, 0), np.float32), *frames], axis=1)
     config = config or patch_embed_config(target_of(weight.device), weight.dtype, n, c, k)
     out = torch.empty((n, c), dtype=weight.dtype, device=weight.device)
     launch(
@@ -128,117 +188,20 @@ def patch_embed(
         pixels,
         weight,
         bias,
-        positions,
+        table,
+        torch.from_numpy(places).to(weight.device),
         out,
         n,
         c,
         k,
         pixels.stride(0),
         weight.stride(0),
-        positions.stride(0),
+        table.stride(0),
         config=config,
+        SIDE=side,
         DTYPE=TRITON_DTYPES[weight.dtype],
         BM=config.m,
         BN=config.n,
         BK=config.k,
-    )
-    return out
-
-
-@triton.jit
-def resample_kernel(
-    p_table,
-    p_tiles,
-    p_y,
-    C,
-    stride_table,
-    SIDE: tl.constexpr,
-    MERGE: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """One program: up to BT patches of one picture, in merge order."""
-    p_tile = p_tiles + tl.program_id(0) * 5
-    # A tile: its first row of y, its first patch within the frame's picture, how many patches the
-    # picture or video still has from there, and the frame's height and width in patches.
-    i_row, i_first, n_left = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
-    n_height, n_width = tl.load(p_tile + 3), tl.load(p_tile + 4)
-    # [BT]
-    o_t = tl.arange(0, BT)
-    # [BT]: the patch's place within its frame, then its row and column
-    o_patch = (i_first + o_t) % (n_height * n_width)
-    o_block, o_in = o_patch // (MERGE * MERGE), o_patch % (MERGE * MERGE)
-    n_across = n_width // MERGE
-    o_y = (o_block // n_across) * MERGE + o_in // MERGE
-    o_x = (o_block % n_across) * MERGE + o_in % MERGE
-    # [BT]: where that is in the grid, corners on corners
-    b_y = o_y.to(tl.float32) * (SIDE - 1) / tl.maximum(n_height - 1, 1).to(tl.float32)
-    b_x = o_x.to(tl.float32) * (SIDE - 1) / tl.maximum(n_width - 1, 1).to(tl.float32)
-    o_top, o_left = b_y.to(tl.int32), b_x.to(tl.int32)
-    b_down, b_across = (b_y - o_top)[:, None], (b_x - o_left)[:, None]
-    o_bottom, o_right = tl.minimum(o_top + 1, SIDE - 1), tl.minimum(o_left + 1, SIDE - 1)
-    # [1, BC]
-    o_c = tl.arange(0, BC)[None, :]
-    # [BT, BC]
-    m = (o_t < n_left)[:, None] & (o_c < C)
-    p_top = p_table + (o_top * SIDE)[:, None] * stride_table + o_c
-    p_bottom = p_table + (o_bottom * SIDE)[:, None] * stride_table + o_c
-    o_left, o_right = o_left[:, None] * stride_table, o_right[:, None] * stride_table
-    b_sum = widen(tl.load(p_top + o_left, mask=m, other=0.0)) * ((1 - b_down) * (1 - b_across))
-    b_sum += widen(tl.load(p_top + o_right, mask=m, other=0.0)) * ((1 - b_down) * b_across)
-    b_sum += widen(tl.load(p_bottom + o_left, mask=m, other=0.0)) * (b_down * (1 - b_across))
-    b_sum += widen(tl.load(p_bottom + o_right, mask=m, other=0.0)) * (b_down * b_across)
-    tl.store(p_y + (i_row + o_t).to(tl.int64)[:, None] * C + o_c, b_sum, mask=m)
-
-
-def resample_positions(
-    table: Tensor,
-    grids: Sequence[tuple[int, int, int]],
-    merge: int,
-    *,
-    config: RowConfig | None = None,
-) -> Tensor:
-    """The learned position grid, resampled bilinearly with aligned corners to each picture.
-
-    Args:
-        table: ``[side², C]``, row by row.
-        grids: frames (pairs), rows and columns of patches of each picture or video.
-        merge: patches come in blocks of ``merge`` × ``merge``.
-
-    Returns:
-        ``[sum of t · h · w, C]`` float32; every frame of a video has the same positions.
-    """
-    op = "resample_positions"
-    require_floats(op, table=table)
-    require_unit_stride(op, table=table)
-    side = round(len(table) ** 0.5)
-    if side * side != len(table):
-        raise RefusalError(f"{op}: a grid of {len(table)} rows is not square")
-    columns = table.shape[1]
-    config = config or row_config(target_of(table.device), columns)
-    tiles: list[tuple[int, int, int, int, int]] = []
-    total = 0
-    for t, h, w in grids:
-        if h % merge or w % merge:
-            raise RefusalError(f"{op}: {h} × {w} patches are not whole blocks of {merge} × {merge}")
-        count = t * h * w
-        for first in range(0, count, config.rows):
-            tiles.append((total + first, first % (h * w), count - first, h, w))
-        total += count
-    out = torch.empty((total, columns), dtype=torch.float32, device=table.device)
-    launch(
-        op,
-        resample_kernel,
-        len(tiles),
-        table,
-        torch.tensor(tiles, dtype=torch.int32).to(table.device),
-        out,
-        columns,
-        table.stride(0),
-        config=config,
-        SIDE=side,
-        MERGE=merge,
-        BT=config.rows,
-        BC=config.columns,
     )
     return out

@@ -17,7 +17,7 @@ from .errors import CheckpointError
 MODEL_TYPES = ("qwen3_vl",)
 
 # Makers of quantised checkpoints that are read, as `quantization_config` names them.
-QUANT_METHODS = ("compressed-tensors",)
+QUANT_METHODS = ("compressed-tensors", "bitsandbytes", "fp8")
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,11 @@ def _check_quantization(values: Any, path: Path) -> None:
         raise CheckpointError(
             f"{path}: the weights are quantised by {method!r}; this package reads "
             f"{', '.join(QUANT_METHODS)}, or take the original checkpoint with quantization='int8'"
+        )
+    if method == "fp8" and values.get("weight_block_size", [128, 128]) != [128, 128]:
+        raise CheckpointError(
+            f"{path}: `weight_block_size` is {values['weight_block_size']!r}: only blocks of "
+            "[128, 128] are read; take the original checkpoint with quantization='int8'"
         )
 
 

@@ -92,4 +92,4 @@ def _triton_ops(device: torch.device) -> Ops:
         )
     from .backends.triton import TritonOps
 
-    return TritonOps()
+    return TritonOps(device)

@@ -17,7 +17,7 @@ from .config import ModelConfig, PixelConfig, VisionConfig
 from .errors import CheckpointError
 from .ops import Linear, Ops, Weight
 from .quant import Quantization
-from .quant.stored import Stored, find_stored, load_stored
+from .quant.stored import Stored, find_stored, load_stored, warn_of_widening
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,12 @@ class _Loader:
         """Linears of one input, as one."""
         plan = self.quantization
         form = plan.format if plan and all(plan.covers(name) for name in names) else None
+        weights = [self.weight(f"{name}.weight") for name in names]
+        if form is None and any(isinstance(weight, Tensor) for weight in weights):
+            # A file may leave one of them as it was; together they are in one format.
+            weights = [self.widened(weight) for weight in weights]
         return self.ops.prepare(
-            [self.weight(f"{name}.weight") for name in names],
+            weights,
             torch.cat([self(f"{name}.bias") for name in names]) if bias else None,
             form=form,
             group=plan.group if plan else 64,
@@ -223,11 +227,17 @@ class _Loader:
         )
 
     def weight(self, name: str) -> Weight:
-        """A linear's weight, as it is stored."""
+        """A linear's weight, as it is stored if the backend computes with that."""
         stored = self.stored.get(self.prefix + name)
         if stored is None:
             return self(name)
-        return load_stored(self.checkpoint, self.prefix + name, stored).to(self.device)
+        weight = load_stored(self.checkpoint, self.prefix + name, stored, self.dtype)
+        if stored.form not in self.ops.keeps:
+            weight = self.widened(weight)
+        return weight.to(self.device)
+
+    def widened(self, weight: Weight) -> Tensor:
+        return weight if isinstance(weight, Tensor) else weight.dequantise().to(self.dtype)
 
     def norm(self, name: str) -> LayerNorm:
         return LayerNorm(self(f"{name}.weight"), self(f"{name}.bias"))
@@ -336,7 +346,8 @@ def load_weights(
     # kinds exist with and without it.
     head_optional = answer_ids is None or config.tie_word_embeddings
     stored = find_stored(checkpoint, expected)
-    parts = {part: shape for linear in stored.values() for part, shape in linear.shapes.items()}
+    warn_of_widening(stored, ops.keeps, quantization, dtype)
+    parts = {part: shape for linear in stored.values() for part, shape in linear.parts.items()}
     expected = {name: shape for name, shape in expected.items() if name not in stored} | parts
     checkpoint.require(
         expected,

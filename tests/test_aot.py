@@ -24,7 +24,16 @@ GOOD = Row("sm_89", "linear", "bfloat16", "x", "m=16", 4, 2, 80, 9000, 0, "HMMA"
         ({"spills": 17, "dtype": "float32"}, "17 spills"),
         ({"shared_bytes": 100 * 1024}, "at most 99 KB"),
         ({"target": "sm_90", "shared_bytes": 100 * 1024}, ""),
-        ({"matrix": ""}, "no matrix instruction"),
+        ({"matrix": ""}, "matrix instruction none, expected HMMA"),
+        ({"op": "gated_linear_int8"}, "matrix instruction HMMA, expected IMMA"),
+        ({"op": "linear_fp8", "matrix": "QMMA"}, ""),
+        ({"op": "linear_fp8", "target": "sm_90"}, ""),
+        ({"op": "linear_fp8", "target": "sm_90", "blocks": "m=64"}, "expected QGMMA"),
+        ({"target": "sm_90", "blocks": "m=128", "matrix": "HGMMA"}, ""),
+        ({"target": "sm_100", "blocks": "m=128", "matrix": "HMMA"}, "expected UTCHMMA"),
+        ({"target": "sm_110", "blocks": "m=128", "op": "linear_int8", "matrix": "IMMA"}, ""),
+        ({"async_copies": 0}, "no asynchronous copies"),
+        ({"async_copies": 0, "stages": 1}, ""),
         ({"matrix": "", "dtype": "float32"}, ""),
         ({"matrix": "", "op": "rms_norm"}, ""),
     ],
@@ -55,5 +64,9 @@ def test_the_committed_table(target) -> None:
     rows = [row for row in read_table() if row.target == target]
     assert not [row for row in rows if broken(row)]
     ops = {name for name, _ in inspect.getmembers(Ops, inspect.isfunction)}
-    # Preparing weights is no kernel, and the gated linear is a product and a swiglu.
-    assert ops - {"prepare", "gated_linear"} <= {row.op for row in rows}
+    ops |= {f"{gated}linear_{form}" for gated in ("", "gated_") for form in ("int8", "int4")}
+    if target not in ("sm_80", "sm_87"):
+        ops |= {"linear_fp8", "gated_linear_fp8"}
+    ops |= {"quantise_rows", "widen_int4"}
+    # Preparing weights is no kernel.
+    assert ops - {"prepare"} <= {row.op for row in rows}

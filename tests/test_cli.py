@@ -8,6 +8,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from qvlfast import Reranker
 from qvlfast.checkpoint import Checkpoint
 from qvlfast.cli import main
 from qvlfast.cli.contact_sheet import Row, draw
-from qvlfast.cli.plan import activation_bytes, parts
+from qvlfast.cli.plan import Planner, Wish, find_device
 from qvlfast.cli.rerank import read_query
 from qvlfast.config import load_config
 from qvlfast.weights import expected_shapes
@@ -192,17 +194,48 @@ def test_info(odd_checkpoint: Path) -> None:
     assert (found["dtype"], found["memory"]) == ("float32", 1 << 30)
     assert found["config"]["text"]["hidden_size"] == 160
     plans = found["plans"]
-    assert plans["bfloat16"]["weights"] * 2 == plans["float32"]["weights"]
+    assert list(plans) == ["float32", "bfloat16", "float16", "int8", "int4"]
+    assert 2.05 > plans["float32"]["weights"] / plans["bfloat16"]["weights"] > 1.95
     for plan in plans.values():
         assert plan["total"] == plan["weights"] + plan["activations"] + plan["fixed"]
         assert plan["fits"] == (plan["total"] <= 1 << 30)
+    assert found["chosen"] == "float32"
+    backends = [plan["backend"] for plan in plans.values()]
+    assert backends == ["native", "native", "reference", "native", "native"]
 
     out, _ = qvlfast("info", odd_checkpoint, "--device", "cuda", "--memory", "8G")
-    for line in ("3 layers", "vision tower", "memory on cuda of 8.00 GiB"):
+    for line in ("3 layers", "vision tower", "memory on cuda of 8.00 GiB", "fits, with"):
         assert line in out
     out, _ = qvlfast("info", odd_checkpoint, "--memory", "100M", "--dtype", "bfloat16")
-    assert "does not fit" in out
+    assert "does not fit" in out and "take a smaller model" in out
     assert "float32 " not in out.partition("memory on")[2]
+
+
+def test_info_plans_for_a_gpu_that_is_not_here(
+    odd_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(*options: str) -> dict:
+        arguments = ["info", str(odd_checkpoint), "--json", "--backend", "triton", *options]
+        assert main(arguments) == 0
+        return json.loads(capsys.readouterr().out)
+
+    orin = plan("--device", "sm_87", "--memory", "2G", "--quantization", "int8")
+    assert list(orin["plans"]) == ["int8"] == [orin["chosen"]]
+    layers = orin["plans"]["int8"]["parts"][3]
+    assert layers["name"] == "decoder layers" and set(layers["formats"]) == {"float", "int8"}
+    card = plan("--device", "sm_89", "--memory", "2G", "--quantization", "fp8")
+    # Orin has one memory for the process and for CUDA, and no FP8.
+    assert orin["plans"]["int8"]["fixed"] > card["plans"]["fp8"]["fixed"]
+    assert "fp8" in card["plans"]["fp8"]["parts"][3]["formats"]
+    none = plan("--device", "sm_87", "--memory", "2G", "--quantization", "fp8")
+    assert set(none["plans"]["fp8"]["parts"][3]["formats"]) == {"float"}
+    assert 0 < orin["largest_tokens"] < 1 << 18
+    # What is advised fits.
+    small = plan("--device", "sm_89", "--memory", "800M")
+    (first, *_) = small["advice"]
+    assert plan("--device", "sm_89", "--memory", "800M", *first.split())["advice"] == []
+    assert main(["info", str(odd_checkpoint), "--device", "sm_75"]) == 2
+    assert "'sm_75' is unknown: use one of sm_80" in capsys.readouterr().err
 
 
 def test_info_counts_what_a_published_checkpoint_holds(tmp_path: Path) -> None:
@@ -213,16 +246,28 @@ def test_info_counts_what_a_published_checkpoint_holds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_config(tmp_path)
     shapes = {k: v for k, v in expected_shapes(loaded).items() if k != "lm_head.weight"}
-    assert sum(part.parameters for part in parts(shapes, loaded)) == 2_127_532_032
+    headers = SimpleNamespace(shapes=shapes, dtypes=dict.fromkeys(shapes, "BF16"))
+    planner = Planner(cast(Checkpoint, headers), loaded, find_device("sm_87", 8 << 30))
+    plan = planner.plan(Wish("bfloat16", None, "triton", 16_384, 16_384, 8192))
+    assert sum(part.parameters for part in plan.parts) == 2_127_532_032
+    # Two bytes each; biases are kept in float32, and the patch embedding twice.
+    assert 2 * 2_127_532_032 < plan.weights < 2.001 * 2_127_532_032
 
 
-def test_the_formula_of_activations(tiny_checkpoint: Path) -> None:
-    """A token costs what the docstring of the plan says, worked out by hand for this model."""
-    config = load_config(tiny_checkpoint)
-    # 16·320 + 4·128 + (4·128 + (2·4 + 2·2)·128)·4
-    assert activation_bytes(config, "float32", 1000, 0) == 1000 * 13_824
-    # (8 + 2)·256 + (8·128 + 3·128/4)·2 + 2·64 + 1536, more than its share of tokens
-    assert activation_bytes(config, "bfloat16", 0, 1000) == 1000 * 6_464
+def test_info_of_a_quantised_checkpoint(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def info(folder: Path) -> dict:
+        assert main(["info", str(folder), "--json", "--device", "cpu", "--memory", "1G"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    target = tmp_path / "out"
+    assert main(["quantize", str(tiny_checkpoint), str(target), "--format", "int4"]) == 0
+    capsys.readouterr()
+    whole, found = info(tiny_checkpoint), info(target)
+    assert found["missing"] == []
+    assert found["parameters"] == whole["parameters"]
+    assert found["plans"]["float32"]["parts"] == whole["plans"]["int4"]["parts"]
 
 
 def test_contact_sheet() -> None:

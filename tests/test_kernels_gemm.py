@@ -1,17 +1,26 @@
-"""Triton's matrix products, in the interpreter, against float64."""
+"""Triton's float products, in the interpreter, against float64."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from qvlfast.kernels.common import RefusalError, RowConfig
-from qvlfast.kernels.gemm import ACTIVATIONS, GemmConfig, gemm_config, linear
-from qvlfast.kernels.patch_embed import patch_embed, patch_embed_config, resample_positions
+from qvlfast.kernels.common import LAUNCHES, RefusalError
+from qvlfast.kernels.configs import (
+    DESCRIPTOR_TARGETS,
+    KINDS,
+    PROCESSORS,
+    TARGETS,
+    GemmConfig,
+    gemm_config,
+    main,
+)
+from qvlfast.kernels.epilogue import ACTIVATIONS
+from qvlfast.kernels.gemm import linear
 
-from qvlfast.ops import Ops
 from tests.guards import inside_poison
 
 pytestmark = pytest.mark.usefixtures("guarded_outputs")
@@ -20,7 +29,14 @@ pytestmark = pytest.mark.usefixtures("guarded_outputs")
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 DTYPES = list(ROUNDING)
 BLOCKS = GemmConfig(m=16, n=32, k=32, warps=4, stages=2)
-TARGETS = ("sm_80", "sm_87", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120")
+FAMILIES = {
+    "pointers": BLOCKS,
+    "descriptors": replace(BLOCKS, descriptors=True),
+    "split": replace(BLOCKS, split=3),
+    "chosen": None,
+}
+# Block ± 1, no rows, one of everything.
+SHAPES = [(0, 32, 32), (1, 1, 1), (15, 31, 33), (16, 32, 32), (17, 33, 31), (150, 72, 40)]
 
 
 def draw(*shape, seed=0, dtype=torch.float32, scale=1.0):
@@ -28,95 +44,115 @@ def draw(*shape, seed=0, dtype=torch.float32, scale=1.0):
     return inside_poison(torch.from_numpy(values).to(dtype))
 
 
+def aligned(*tensors):
+    """Copies that descriptors take: rows of whole 16 bytes, without poison between them."""
+    padded = [torch.nn.functional.pad(x.contiguous(), (0, -x.shape[1] % 16)) for x in tensors]
+    copies = [wide[:, : x.shape[1]] for wide, x in zip(padded, tensors, strict=True)]
+    assert all(x.stride(0) * x.element_size() % 16 == 0 for x in copies if len(x))
+    return copies
+
+
 def activated(x, kind):
     if kind == "gelu_tanh":
         return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     if kind == "gelu_erf":
         return x / 2 * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
-    return x / (1 + np.exp(-x)) if kind == "silu" else x
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-x)) if kind == "silu" else x
+
+
+def check(got, expected, dtype, spread=1.0):
+    """``spread``: size of the terms that a result is the sum of."""
+    assert got.dtype == dtype
+    tolerance = 2 * ROUNDING[torch.float32] * spread
+    np.testing.assert_allclose(got.double().numpy(), expected, rtol=ROUNDING[dtype], atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    "shape",
-    [(0, 32, 32), (1, 1, 1), (15, 31, 33), (16, 32, 32), (17, 33, 31), (150, 64, 40), (3, 72, 97)],
-)
-def test_linear(dtype, bias, shape) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear(dtype, family, shape) -> None:
     m, k, n = shape
     x = draw(m, k, dtype=dtype)
     weight = draw(n, k, seed=1, dtype=dtype, scale=k**-0.5)
-    b = draw(n, seed=2, dtype=dtype).contiguous() if bias else None
     expected = x.double().numpy() @ weight.double().numpy().T
-    if b is not None:
-        expected = expected + b.double().numpy()
-    for config in (BLOCKS, None):
-        got = linear(x, weight, b, config=config)
-        assert got.dtype == dtype
-        tolerance = ROUNDING[dtype]
-        np.testing.assert_allclose(
-            got.double().numpy(), expected, rtol=tolerance, atol=2 * ROUNDING[torch.float32]
-        )
+    if family == "descriptors":
+        x, weight = aligned(x, weight)
+    check(linear(x, weight, config=FAMILIES[family]), expected, dtype)
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_activation_of_the_unrounded_sum(kind) -> None:
-    x, weight, bias = draw(18, 40), draw(35, 40, seed=1, scale=0.3), draw(35, seed=2).contiguous()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_follows_is_done_on_the_unrounded_sum(kind, family, dtype) -> None:
+    x, weight = draw(18, 40, dtype=dtype), draw(35, 40, seed=1, scale=0.3, dtype=dtype)
+    bias, residual = draw(35, seed=2).contiguous(), draw(18, 35, seed=3, dtype=dtype)
     product = x.double().numpy() @ weight.double().numpy().T + bias.double().numpy()
-    got = linear(x, weight, bias, activation=kind, config=BLOCKS)
-    np.testing.assert_allclose(got.numpy(), activated(product, kind), rtol=5e-6, atol=5e-6)
+    expected = activated(product, kind) + residual.double().numpy()
+    if family == "descriptors":
+        x, weight = aligned(x, weight)
+    got = linear(x, weight, bias, activation=kind, residual=residual, config=FAMILIES[family])
+    check(got, expected, dtype, spread=3.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["pointers", "descriptors", "chosen"])
+@pytest.mark.parametrize("shape", [(0, 8, 8), (1, 1, 1), (17, 33, 31), (5, 70, 72)])
+def test_gate_and_up_in_one_launch(dtype, family, shape) -> None:
+    m, k, n = shape
+    x, weight = draw(m, k, dtype=dtype), draw(2 * n, k, seed=1, dtype=dtype, scale=k**-0.5)
+    product = x.double().numpy() @ weight.double().numpy().T
+    expected = activated(product[:, :n], "silu") * product[:, n:]
+    if family == "descriptors":
+        x, weight = aligned(x, weight)
+    LAUNCHES.clear()
+    got = linear(x, weight, gated=True, config=FAMILIES[family])
+    assert dict(LAUNCHES) == ({"gated_linear": 1} if m else {})
+    check(got, expected, dtype, spread=3.0)
+
+
+@pytest.mark.parametrize("split", [2, 4, 8])
+def test_parts_of_k_are_added_in_a_second_launch(split) -> None:
+    """Also where there are fewer steps than parts."""
+    x, weight = draw(3, 100), draw(40, 100, seed=1)
+    LAUNCHES.clear()
+    got = linear(x, weight, config=replace(BLOCKS, split=split))
+    assert LAUNCHES == {"linear": 1, "reduce": 1}
+    check(got, x.double().numpy() @ weight.double().numpy().T, torch.float32, spread=10.0)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 def test_small_and_large_values(scale) -> None:
     x, weight = draw(17, 50, scale=scale), draw(20, 50, seed=1)
-    expected = x.double().numpy() @ weight.double().numpy().T
+    product = x.double().numpy() @ weight.double().numpy().T
     got = linear(x, weight, config=BLOCKS)
-    np.testing.assert_allclose(got.numpy(), expected, atol=2e-5 * scale, rtol=3e-6)
+    np.testing.assert_allclose(got.numpy(), product, atol=2e-5 * scale, rtol=3e-6)
+    gated = linear(x, weight, gated=True, config=BLOCKS)
+    expected = activated(product[:, :10], "silu") * product[:, 10:]
+    # Both factors carry the error of a product.
+    bound = 4e-5 * max(scale, scale**2)
+    np.testing.assert_allclose(gated.numpy(), expected, atol=bound * 10, rtol=1e-5)
 
 
-def test_rows_do_not_depend_on_other_rows() -> None:
+def test_not_a_number_stays_one() -> None:
+    x = torch.zeros(2, 16)
+    x[0] = torch.nan
+    weight = torch.zeros(2, 16)
+    weight[:, 2] = torch.inf
+    for kind in ACTIVATIONS:
+        got = linear(x, weight, activation=kind, config=BLOCKS)
+        assert got[0].isnan().all()
+        assert got[1].isnan().all()  # 0 · ∞
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_do_not_depend_on_other_rows(family) -> None:
     x, weight = draw(20, 40), draw(24, 40, seed=1)
-    alone = linear(x, weight, config=BLOCKS)
+    alone = linear(x, weight, config=FAMILIES[family])
     x[3:] = torch.nan
-    poisoned = linear(x, weight, config=BLOCKS)
+    poisoned = linear(x, weight, config=FAMILIES[family])
     assert torch.equal(poisoned[:3], alone[:3])
     assert poisoned[3:].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k", "c"), [(0, 48, 16), (1, 768, 24), (17, 96, 33), (16, 31, 32)])
-def test_patch_embed(dtype, n, k, c) -> None:
-    rng = np.random.default_rng(0)
-    values = rng.integers(0, 256, (n, k), dtype=np.uint8)
-    values[:1, :2] = 255, 0
-    pixels = inside_poison(torch.from_numpy(values))
-    weight = draw(c, k, seed=1, dtype=dtype, scale=0.01)
-    bias, positions = draw(c, seed=2).contiguous(), draw(n, c, seed=3)
-    expected = values.astype(np.float64) @ weight.double().numpy().T
-    expected += bias.double().numpy() + positions.double().numpy()
-    got = patch_embed(pixels, weight, bias, positions, config=BLOCKS)
-    assert got.dtype == dtype
-    # Terms reach 255 · 0.03, and there are k of them.
-    np.testing.assert_allclose(got.double().numpy(), expected, rtol=ROUNDING[dtype], atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "grids",
-    [
-        [],
-        [(1, 2, 2)],
-        [(2, 4, 6), (1, 2, 8), (3, 6, 2)],
-        [(1, 10, 14), (1, 14, 10)],
-    ],
-)
-def test_positions_equal_the_reference(dtype, grids) -> None:
-    table = draw(100, 19, dtype=dtype)
-    blocks = RowConfig(rows=8, columns=32, warps=4)
-    got = resample_positions(table, grids, 2, config=blocks)
-    expected = Ops.resample_positions(table, grids, 2)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
 def test_refusals_name_operand_and_reason() -> None:
@@ -128,9 +164,12 @@ def test_refusals_name_operand_and_reason() -> None:
         (lambda: linear(x, weight, torch.zeros(4)), r"bias \(4,\) for 5 outputs"),
         (lambda: linear(x.T.contiguous().T, weight), r"x has strides \(1, 3\)"),
         (lambda: linear(x, weight, activation="relu"), r"'relu', not one of none"),
-        (lambda: patch_embed(x, weight, x, x), r"pixels are torch.float32"),
-        (lambda: resample_positions(x, [], 2), r"grid of 3 rows is not square"),
-        (lambda: resample_positions(x[:1], [(1, 3, 2)], 2), r"3 × 2 patches are not whole"),
+        (lambda: linear(x, weight, gated=True), r"5 weight rows are not as many for gate"),
+        (lambda: linear(x, weight[:4], weight[0, :2], gated=True), r"takes neither bias"),
+        (
+            lambda: linear(x, weight, residual=x),
+            r"residual is \(3, 8\) torch.float32, not \(3, 5\)",
+        ),
     ):
         with pytest.raises(RefusalError, match=message):
             call()
@@ -138,24 +177,41 @@ def test_refusals_name_operand_and_reason() -> None:
 
 # Shared memory of one block, from the CUDA programming guide.
 SHARED_KB = {"sm_80": 163, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+BYTES = {"float32": 4, "float16": 2, "int8": 1, "fp8": 1, "int4": 1}
 
 
-def fits(config, target, dtype):
-    shared = (config.m + config.n) * config.k * dtype.itemsize * config.stages
-    assert shared <= SHARED_KB.get(target, 99) * 1024
-    # The float32 accumulator leaves at least half of a thread's 255 registers.
-    assert config.m * config.n / (32 * config.warps) <= 128
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_blocks_fit_every_target(target, dtype) -> None:
-    for m in (1, 16, 17, 64, 65, 4096):
+def test_blocks_fit_every_target(target, kind) -> None:
+    for m in (1, 16, 17, 64, *([] if kind == "int4" else [65, 4096])):
         for n, k in ((2048, 1024), (64, 64), (4304, 1152), (12288, 4096)):
             for activation in ACTIVATIONS:
-                fits(gemm_config(target, dtype, m, n, k, activation), target, dtype)
-            pixels = patch_embed_config(target, dtype, m, n, k)
-            fits(pixels, target, dtype)
-            assert pixels.n <= 128
+                for gated in (False, True):
+                    c = gemm_config(
+                        kind,
+                        target,
+                        m,
+                        n,
+                        k,
+                        activation=activation,
+                        gated=gated,
+                        residual=not gated,
+                    )
+                    columns = 2 * c.n if gated else c.n
+                    shared = (c.m + columns) * c.k * BYTES[kind] * c.stages
+                    assert shared <= SHARED_KB.get(target, 99) * 1024
+                    # The accumulators leave at least half of a thread's 255 registers.
+                    assert c.m * columns / (32 * c.warps) <= 128
+                    assert c.split == 1 or m <= 16
+                    tiles = -(-m // c.m) * -(-n // c.n)
+                    assert c.split == 1 or c.split * tiles <= PROCESSORS[target]
+                    assert not c.descriptors or target in DESCRIPTOR_TARGETS
     # Few rows get the smallest block: rows that are not there cost as much as others.
-    assert gemm_config(target, dtype, 1, 64, 64).m == 16
+    assert gemm_config(kind, target, 1, 64, 64).m == 16
+
+
+def test_the_table_can_be_printed(capsys) -> None:
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(TARGETS) * 7 * (4 * 3 + 2)
+    assert any("sm_90" in line and "128 × 256 × 64" in line for line in lines)

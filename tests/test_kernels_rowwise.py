@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from qvlfast.kernels.activation import gelu_erf, gelu_tanh, swiglu
 from qvlfast.kernels.common import LAUNCHES, RefusalError, RowConfig, row_config
-from qvlfast.kernels.embed import embed
+from qvlfast.kernels.embed import add_rows, embed
 from qvlfast.kernels.norm import layer_norm, rms_norm
 from qvlfast.kernels.pool import pool, score
 from qvlfast.kernels.rope import mrope_tables, norm_rope, rope, vision_rope_tables
 
 from qvlfast.ops import Ops
+from qvlfast.ops.rows import quantise_rows
 from tests.guards import inside_poison
 
 pytestmark = pytest.mark.usefixtures("guarded_outputs")
@@ -51,7 +49,6 @@ def test_norms(dtype, shape) -> None:
     wide, w, b = (t.double().numpy() for t in (x, weight, bias))
     rms = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * w
     check(rms_norm(x, weight, 1e-6, config=BLOCKS), rms, dtype, 1e-3)
-    check(pool(x, weight, 1e-6, config=BLOCKS), rms, torch.float32)
     centred = wide - wide.mean(-1, keepdims=True)
     layer = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * w + b
     check(layer_norm(x, weight, bias, 1e-6, config=BLOCKS), layer, dtype, 3.0)
@@ -80,21 +77,21 @@ def test_norms_of_small_and_large_rows(scale) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1e-6, 3.0, 1e4])
-@pytest.mark.parametrize("shape", [(0, 4), (5, 33), (9, 16)])
-def test_activations(dtype, scale, shape) -> None:
-    x = inside_poison((draw(*shape) * scale).to(dtype))
-    up = draw(*shape, seed=1, dtype=dtype)
-    wide = x.double().numpy()
-    blocks = RowConfig(rows=4, columns=16, warps=4)
-    erf = np.vectorize(math.erf, otypes=[np.float64])
-    spread = min(scale, 1.0) * 1e-1  # deep in the negative tail the result is a small difference
-    check(gelu_erf(x, config=blocks), wide / 2 * (1 + erf(wide / math.sqrt(2))), dtype, spread)
-    inner = np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
-    check(gelu_tanh(x, config=blocks), wide / 2 * (1 + np.tanh(inner)), dtype, spread)
-    with np.errstate(over="ignore"):
-        silu = wide / (1 + np.exp(-wide))
-    check(swiglu(x, up, config=blocks), silu * up.double().numpy(), dtype, spread)
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_norms_quantise_in_the_same_pass(dtype, form) -> None:
+    """The same bits as rounding to the dtype, storing, and quantising that."""
+    x, weight = draw(7, 130, dtype=dtype), draw(130, seed=1, dtype=dtype).contiguous()
+    x[3] = 0
+    x[4, 77] = torch.inf
+    LAUNCHES.clear()
+    for norm, vectors in ((rms_norm, (weight,)), (layer_norm, (weight, weight))):
+        values, scale = norm(x, *vectors, 1e-6, form, config=BLOCKS)
+        plain = norm(x, *vectors, 1e-6, config=BLOCKS)
+        expected = quantise_rows(plain, form)
+        assert torch.equal(values.view(torch.int8), expected.values.view(torch.int8))
+        assert torch.equal(scale.nan_to_num(-1), expected.scale.nan_to_num(-1))
+        assert scale.isnan().tolist() == [False] * 4 + [True] + [False] * 2
+    assert LAUNCHES == {"rms_norm": 2, "layer_norm": 2}
 
 
 def rotate(x, cos, sin):
@@ -148,15 +145,53 @@ def test_embed(dtype) -> None:
     assert torch.equal(outside[2], table[4])
 
 
-@pytest.mark.parametrize("rows", [0, 1, 4, 5])
-def test_score(rows) -> None:
-    pooled, answers = draw(rows, 33), draw(2, 33, seed=1)
-    logit = pooled.double().numpy() @ (answers[0] - answers[1]).double().numpy()
-    got = score(pooled, answers, config=RowConfig(rows=4, columns=64, warps=4))
-    check(got, 1 / (1 + np.exp(-logit)), torch.float32)
-    certain = score(pooled * 1e4, answers)
-    assert certain.isfinite().all()
-    np.testing.assert_array_equal(certain.numpy(), (logit > 0).astype(np.float32))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 33, 128])
+@pytest.mark.parametrize("read", [None, [], [5], [4, 0, 4, 2, 1]])
+def test_pool_and_score(dtype, columns, read) -> None:
+    x, weight = draw(6, columns, dtype=dtype), draw(columns, seed=1, dtype=dtype).contiguous()
+    answers = draw(2, columns, seed=2)
+    index = None if read is None else torch.tensor(read, dtype=torch.int64)
+    wide = x.double().numpy()[slice(None) if read is None else read]
+    normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * weight.double().numpy()
+    check(pool(x, weight, 1e-6, read=index, config=BLOCKS), normed, torch.float32)
+    for size in {1, columns // 2 + 1, columns}:
+        unit = normed[:, :size] / np.linalg.norm(normed[:, :size], axis=1, keepdims=True)
+        got = pool(x, weight, 1e-6, read=index, size=size, config=BLOCKS)
+        check(got, unit, torch.float32)
+    logit = normed @ (answers[0] - answers[1]).double().numpy()
+    got = score(x, weight, 1e-6, answers, read=index, config=BLOCKS)
+    check(got, 1 / (1 + np.exp(-logit)), torch.float32, 20.0)  # a sum of up to 128 terms
+
+
+def test_pooling_at_the_ends() -> None:
+    zeros, weight = torch.zeros(1, 8), torch.ones(8)
+    assert pool(zeros, weight, 1e-6, size=4).tolist() == [[0.0] * 4]
+    answers = torch.stack((torch.full((8,), 1e4), torch.zeros(8)))
+    certain = score(torch.stack((weight, -weight)), weight, 1e-6, answers)
+    assert certain.tolist() == [1.0, 0.0]
+    for bad in (torch.nan, torch.inf):
+        x = torch.ones(2, 8)
+        x[1, 3] = bad
+        assert pool(x, weight, 1e-6, size=8).isnan().any(dim=1).tolist() == [False, True]
+        assert score(x, weight, 1e-6, answers).isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+@pytest.mark.parametrize("places", [[], [3], [6, 0, 4, 1, 2]])
+def test_add_rows(dtype, kind, places) -> None:
+    x, rows = draw(7, 33, dtype=dtype), draw(len(places), 33, seed=1, dtype=dtype)
+    index = torch.tensor(places, dtype=kind)
+    expected = x.clone()
+    expected[index.long()] += rows
+    around = x.new_full((9, 35), 7.0)
+    inner = around[1:-1, 1:-1]
+    inner.copy_(x)
+    add_rows(inner, index, rows, config=RowConfig(rows=4, columns=64, warps=4))
+    assert torch.equal(inner, expected)
+    inner.fill_(7.0)
+    assert (around == 7.0).all(), "a kernel wrote outside its rows"
 
 
 def test_bfloat16_results_are_rounded_to_nearest() -> None:
@@ -171,38 +206,34 @@ def test_bfloat16_results_are_rounded_to_nearest() -> None:
     assert abs(float((error * wide.sign()).mean())) < 2e-4
 
 
-def test_not_a_number_stays_one() -> None:
-    x = torch.tensor([[1.0, torch.nan], [torch.inf, -torch.inf]])
-    for dtype in DTYPES:
-        got = gelu_erf(x.to(dtype))
-        assert got[0, 1].isnan()
-        assert got[1, 0] == torch.inf
-
-
 def test_refusals_name_operand_and_reason() -> None:
     x = torch.zeros(2, 4)
     with pytest.raises(RefusalError, match=r"rms_norm: x is torch.int32, not float32"):
         rms_norm(x.int(), torch.ones(4), 1e-6)
     with pytest.raises(RefusalError, match=r"rms_norm: weight \(5,\) for rows of 4"):
         rms_norm(x, torch.ones(5), 1e-6)
-    with pytest.raises(RefusalError, match=r"swiglu: gate is \(2, 4\) and up \(2, 3\)"):
-        swiglu(x, x[:, :3])
-    with pytest.raises(RefusalError, match=r"one dtype, got gate torch.float32, up torch.float16"):
-        swiglu(x, x.half())
+    with pytest.raises(RefusalError, match=r"one dtype, got x torch.float32, rows torch.float16"):
+        add_rows(x, torch.tensor([0]), x[:1].half())
+    with pytest.raises(RefusalError, match=r"rows \(2, 4\) at 1 places of x \(2, 4\)"):
+        add_rows(x, torch.tensor([0]), x)
+    with pytest.raises(RefusalError, match=r"rows in 'int3', not one of int8, fp8"):
+        rms_norm(x, torch.ones(4), 1e-6, "int3")
     with pytest.raises(RefusalError, match="the last must be 1"):
         embed(torch.tensor([0]), torch.zeros(4, 4).T)
     with pytest.raises(RefusalError, match=r"ids are torch.float32"):
         embed(x[0], x)
-    with pytest.raises(RefusalError, match="both must be float32"):
-        score(x.half(), x)
+    with pytest.raises(RefusalError, match=r"answers \(2, 4\) torch.float16, not \(2, 4\) float32"):
+        score(x, torch.ones(4), 1e-6, x.half())
+    with pytest.raises(RefusalError, match="size is 5, rows have 4 values"):
+        pool(x, torch.ones(4), 1e-6, size=5)
 
 
 def test_launches_are_counted_and_empty_ones_do_not_happen() -> None:
     LAUNCHES.clear()
-    gelu_tanh(torch.zeros(0, 4))
-    assert LAUNCHES["gelu_tanh"] == 0
-    gelu_tanh(torch.zeros(1, 4))
-    assert LAUNCHES == {"gelu_tanh": 1}
+    pool(torch.zeros(0, 4), torch.ones(4), 1e-6)
+    assert LAUNCHES["pool"] == 0
+    pool(torch.zeros(1, 4), torch.ones(4), 1e-6)
+    assert LAUNCHES == {"pool": 1}
 
 
 @pytest.mark.parametrize("columns", [1, 128, 1024, 4096, 5120, 12288])

@@ -11,6 +11,7 @@ import torch
 from qvlfast.config import PixelConfig
 from qvlfast.ops import Ops
 from qvlfast.ops.activation import gelu_erf, gelu_tanh, swiglu
+from qvlfast.ops.patch_embed import resample_positions
 from qvlfast.weights import fold_normalisation
 
 # Rounding of the result to the dtype, relative to values of size one.
@@ -121,16 +122,17 @@ def test_patch_embed_equals_normalise_then_project(still) -> None:
     weight, bias = draw(24, 3, 2, 4, 4) / 10, draw(24, seed=1)
     pixels = PixelConfig(mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
     frames = 1 if still else 2
-    patches = rng.integers(0, 256, (13, 3, frames, 4, 4), dtype=np.uint8)
+    patches = rng.integers(0, 256, (12, 3, frames, 4, 4), dtype=np.uint8)
     mean, std = (np.array(v).reshape(1, 3, 1, 1, 1) for v in (pixels.mean, pixels.std))
-    normalised = np.broadcast_to((patches / 255 - mean) / std, (13, 3, 2, 4, 4)).reshape(13, -1)
-    positions = draw(13, 24, seed=2)
+    normalised = np.broadcast_to((patches / 255 - mean) / std, (12, 3, 2, 4, 4)).reshape(12, -1)
+    table, grids = draw(9, 24, seed=2), [(1, 2, 4), (1, 2, 2)]
+    positions = resample_positions(table, grids, 2)
     expected = normalised @ weight.double().numpy().reshape(24, -1).T
     expected += bias.double().numpy() + positions.double().numpy()
     folded, shift = fold_normalisation(weight, bias, pixels, torch.float32, still=still)
     assert folded.shape == (24, 3 * frames * 16)
     layer = Ops.prepare([folded], shift)
-    got = Ops.patch_embed(torch.from_numpy(patches.reshape(13, -1)), layer, positions)
+    got = Ops.patch_embed(torch.from_numpy(patches.reshape(12, -1)), layer, table, grids, 2)
     # Raw pixels reach 255, so the sum cancels from a few hundred down to one.
     np.testing.assert_allclose(got.numpy(), expected, atol=2e-4)
 
@@ -165,7 +167,7 @@ def test_positions_are_resampled_with_aligned_corners(grid) -> None:
     frames, height, width = grid
     side = 10
     table = draw(side * side, 3)
-    got = Ops.resample_positions(table, [grid], 2).numpy()
+    got = resample_positions(table, [grid], 2).numpy()
     learned = table.double().numpy().reshape(side, side, 3)
     rows, columns = np.linspace(0, side - 1, height), np.linspace(0, side - 1, width)
     n = 0
@@ -184,7 +186,7 @@ def test_positions_are_resampled_with_aligned_corners(grid) -> None:
 
 
 def test_no_pictures_no_positions() -> None:
-    assert Ops.resample_positions(draw(4, 3), [], 2).shape == (0, 3)
+    assert resample_positions(draw(4, 3), [], 2).shape == (0, 3)
 
 
 def test_pool_and_score() -> None:
@@ -194,4 +196,19 @@ def test_pool_and_score() -> None:
     got = Ops.pool(x, weight, 1e-6)
     check(got, pooled)
     logit = pooled @ (rows[0] - rows[1]).double().numpy()
-    check(Ops.score(got, rows), 1 / (1 + np.exp(-logit)))
+    check(Ops.score(x, weight, 1e-6, rows), 1 / (1 + np.exp(-logit)))
+    read = torch.tensor([3, 0, 3])
+    check(Ops.pool(x, weight, 1e-6, read=read), pooled[read])
+    check(Ops.score(x, weight, 1e-6, rows, read=read), 1 / (1 + np.exp(-logit[read])))
+    short = pooled[:, :7]
+    unit = short / np.linalg.norm(short, axis=1, keepdims=True)
+    check(Ops.pool(x, weight, 1e-6, size=7), unit)
+
+
+def test_add_rows() -> None:
+    x, rows = draw(5, 4), draw(2, 4, seed=1)
+    expected = x.clone()
+    expected[3] += rows[0]
+    expected[1] += rows[1]
+    Ops.add_rows(x, torch.tensor([3, 1]), rows)
+    assert torch.equal(x, expected)

@@ -17,6 +17,8 @@ from torch.utils import dlpack
 
 from .. import _C
 from ..ops import Forest, Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
+from ..ops.head import pool
+from ..ops.patch_embed import resample_positions
 from ..quant import Fp8Weight, Int4Weight, Int8Weight
 from ..quant.weights import quantise
 
@@ -94,10 +96,12 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float
     return made
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, rows: RowFormat = "float"
+) -> Rows:
     out = torch.empty(x.shape, dtype=x.dtype)
     _C.layer_norm(view(x), view(weight), view(bias), eps, view(out))
-    return out
+    return out if rows == "float" else _quantise(out)
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -128,15 +132,25 @@ def _attention(
     return out
 
 
-def _patch_embed(pixels: Tensor, layer: Linear, positions: Tensor) -> Tensor:
+def _patch_embed(
+    pixels: Tensor,
+    layer: Linear,
+    table: Tensor,
+    grids: Sequence[tuple[int, int, int]],
+    merge: int,
+) -> Tensor:
+    positions = resample_positions(table, grids, merge)
     # 0 … 255 are exact in both dtypes.
     dtype = torch.float32 if layer.weight.format == "f32" else torch.bfloat16
     return _linear(pixels.to(dtype), layer, residual=positions)
 
 
-def _score(pooled: Tensor, answer_rows: Tensor) -> Tensor:
+def _score(
+    x: Tensor, weight: Tensor, eps: float, answer_rows: Tensor, *, read: Tensor | None = None
+) -> Tensor:
     # As the reference, but a row's last bit does not depend on how many rows there are: torch's
     # product takes them in blocks, and its sigmoid has other code for the rest of a vector.
+    pooled = pool(x, weight, eps, read=read)
     margin = (pooled * (answer_rows[0] - answer_rows[1])).sum(dim=-1)
     return torch.cat([torch.sigmoid(one) for one in margin.split(1)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -10,18 +11,19 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from ..kernels.activation import gelu_erf, gelu_tanh, swiglu
 from ..kernels.attention import attention
 from ..kernels.common import RefusalError
-from ..kernels.embed import embed
-from ..kernels.gemm import linear
-from ..kernels.gemm_int8 import linear_int8, quantise_rows
+from ..kernels.embed import add_rows, embed
+from ..kernels.gemm import linear, linear_quantised
+from ..kernels.gemm_int4 import Int4Packed, linear_int4, pack_int4
 from ..kernels.norm import layer_norm, rms_norm
-from ..kernels.patch_embed import patch_embed, resample_positions
+from ..kernels.patch_embed import patch_embed
 from ..kernels.pool import pool, score
+from ..kernels.quantise import has_e4m3, quantise_rows, require_form
 from ..kernels.rope import mrope_tables, norm_rope, rope, vision_rope_tables
 from ..ops import Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
-from ..quant import Int4Weight, Int8Weight, quantise
+from ..quant import Fp8BlockWeight, Fp8Weight, Int4Weight, Int8Weight, quantise
+from ..quant.weights import FP8_BLOCK
 
 
 def _guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,6 +39,14 @@ def _guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@dataclass(frozen=True)
+class _Scaled:
+    """A weight as :func:`linear_quantised` takes it."""
+
+    values: Tensor
+    scale: Tensor
+
+
 @_guarded
 def _prepare(
     parts: Sequence[Weight],
@@ -46,63 +56,102 @@ def _prepare(
     group: int = 64,
     gated: bool = False,
 ) -> Linear:
-    if form is None and all(isinstance(part, Tensor) for part in parts):
-        tensors = [part for part in parts if isinstance(part, Tensor)]
+    made = [
+        quantise(p, form, group) if form is not None and isinstance(p, Tensor) else p for p in parts
+    ]
+    tensors = [part for part in made if isinstance(part, Tensor)]
+    if len(tensors) == len(made):
         return Linear(tensors[0] if len(tensors) == 1 else torch.cat(tensors), bias)
-    made = [quantise(p, form or "", group) if isinstance(p, Tensor) else p for p in parts]
+    fours = [part for part in made if isinstance(part, Int4Weight)]
+    if len(fours) == len(made) and len({four.group for four in fours}) == 1:
+        triples = [(four.values(), four.multiplier, four.scale) for four in fours]
+        return Linear(pack_int4(triples, fours[0].group), bias, "int8")
     wide = [part.widen() if isinstance(part, Int4Weight) else part for part in made]
     eights = [part for part in wide if isinstance(part, Int8Weight)]
-    if len(eights) < len(wide):
-        raise RefusalError(f"prepare: weights of format {form!r}")
-    values, scale = torch.cat([w.values for w in eights]), torch.cat([w.scale for w in eights])
-    return Linear(Int8Weight(values, scale), bias, "int8")
+    if len(eights) == len(wide):
+        values, scale = torch.cat([w.values for w in eights]), torch.cat([w.scale for w in eights])
+        return Linear(_Scaled(values, scale), bias, "int8")
+    channels = [part for part in made if isinstance(part, Fp8Weight)]
+    blocks = [part for part in made if isinstance(part, Fp8BlockWeight)]
+    if len(made) in (len(channels), len(blocks)):
+        require_form("prepare", "fp8", (channels or blocks)[0].values.device)
+        if blocks:
+            # A row for each 128 inputs: then parts of any number of outputs can follow another.
+            rows = [b.scale_inv.repeat_interleave(FP8_BLOCK, 0)[: b.shape[0]] for b in blocks]
+            scale = torch.cat(rows).T.contiguous()
+        else:
+            scale = torch.cat([w.scale for w in channels])
+        # As bytes: torch concatenates no e4m3.
+        values = torch.cat([w.values.view(torch.int8) for w in channels or blocks])
+        return Linear(_Scaled(values.view(torch.float8_e4m3fn), scale), bias, "fp8")
+    kinds = ", ".join(type(part).__name__ for part in made)
+    raise RefusalError(f"prepare: weights of several formats in one linear: {kinds}")
+
+
+def _product(x: Rows, layer: Linear, **epilogue: Any) -> Tensor:
+    rows = _as_rows(x, layer.rows) if isinstance(x, Tensor) else x
+    weight = layer.weight
+    if isinstance(weight, Tensor) and isinstance(rows, Tensor):
+        return linear(rows, weight, layer.bias, **epilogue)
+    if isinstance(weight, Tensor) or isinstance(rows, Tensor):
+        raise RefusalError("linear: quantised rows meet a weight that is not quantised")
+    if isinstance(weight, Int4Packed):
+        return linear_int4(
+            rows.values, rows.scale, weight, layer.bias, dtype=rows.dtype, **epilogue
+        )
+    return linear_quantised(
+        rows.values,
+        rows.scale,
+        weight.values,
+        weight.scale,
+        layer.bias,
+        dtype=rows.dtype,
+        **epilogue,
+    )
 
 
 @_guarded
 def _linear(
     x: Rows, layer: Linear, *, activation: str | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    if isinstance(layer.weight, Tensor):
-        if not isinstance(x, Tensor):
-            raise RefusalError("linear: quantised rows meet a weight that is not quantised")
-        y = linear(x, layer.weight, layer.bias, activation=activation or "none")
-    else:
-        rows = _as_rows(x, "int8")
-        assert isinstance(rows, QuantisedRows)
-        y = linear_int8(
-            rows.values,
-            rows.scale,
-            layer.weight.values,
-            layer.weight.scale,
-            layer.bias,
-            dtype=rows.dtype,
-        )
-        if activation is not None:
-            y = {"gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf}[activation](y)
-    return y if residual is None else residual + y
+    return _product(x, layer, activation=activation or "none", residual=residual)
 
 
 @_guarded
 def _gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:
-    gate, up = _linear(x, layer).chunk(2, dim=1)
-    return _as_rows(swiglu(gate, up), rows)
+    # A program has a few columns of a row, so the scale of the whole row takes another launch.
+    return _as_rows(_product(x, layer, gated=True), rows)
 
 
 @_guarded
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float") -> Rows:
-    return _as_rows(rms_norm(x, weight, eps), rows)
+    return _rows(rms_norm(x, weight, eps, rows), x.dtype)
 
 
 @_guarded
-def _patch_embed(pixels: Tensor, layer: Linear, positions: Tensor) -> Tensor:
-    return patch_embed(pixels, layer.weight, layer.bias, positions)
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, rows: RowFormat = "float"
+) -> Rows:
+    return _rows(layer_norm(x, weight, bias, eps, rows), x.dtype)
 
 
-def _as_rows(x: Rows, form: RowFormat) -> Rows:
-    if form == "float" or not isinstance(x, Tensor):
-        return x
-    values, scale = quantise_rows(x)
-    return QuantisedRows(values, scale, x.dtype)
+@_guarded
+def _patch_embed(
+    pixels: Tensor,
+    layer: Linear,
+    table: Tensor,
+    grids: Sequence[tuple[int, int, int]],
+    merge: int,
+) -> Tensor:
+    return patch_embed(pixels, layer.weight, layer.bias, table, grids, merge)
+
+
+def _rows(made: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Rows:
+    return made if isinstance(made, Tensor) else QuantisedRows(*made, dtype)
+
+
+def _as_rows(x: Tensor, form: RowFormat) -> Rows:
+    return x if form == "float" else _rows(quantise_rows(x, form), x.dtype)
 
 
 class TritonOps(Ops):
@@ -110,18 +159,23 @@ class TritonOps(Ops):
 
     name = "triton"
 
+    def __init__(self, device: torch.device) -> None:
+        self.keeps = frozenset({"int8", "int4"})
+        if has_e4m3(device):
+            self.keeps |= {"fp8", "fp8_blocks"}
+
     prepare = staticmethod(_prepare)
     linear = staticmethod(_linear)
     gated_linear = staticmethod(_gated_linear)
     embed = staticmethod(_guarded(embed))
     rms_norm = staticmethod(_rms_norm)
-    layer_norm = staticmethod(_guarded(layer_norm))
+    layer_norm = staticmethod(_layer_norm)
     mrope_tables = staticmethod(_guarded(mrope_tables))
     vision_rope_tables = staticmethod(_guarded(vision_rope_tables))
     rope = staticmethod(_guarded(rope))
     norm_rope = staticmethod(_guarded(norm_rope))
     attention = staticmethod(_guarded(attention))
     patch_embed = staticmethod(_patch_embed)
-    resample_positions = staticmethod(_guarded(resample_positions))
+    add_rows = staticmethod(_guarded(add_rows))
     pool = staticmethod(_guarded(pool))
     score = staticmethod(_guarded(score))

@@ -7,7 +7,9 @@ batches; smaller ones take less.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from .options import byte_count, positive_int
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..config import ModelConfig
-    from .plan import Part, Plan
+    from .plan import Device, Part, Plan, Planner, Wish
 
 # How config.json and safetensors write the dtypes.
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -25,7 +27,10 @@ _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="PATH", help="a checkpoint folder or a cached hub id")
     parser.add_argument(
-        "--device", metavar="NAME", default="auto", help="plan for auto, cpu, cuda or cuda:1"
+        "--device",
+        metavar="NAME",
+        default="auto",
+        help="plan for auto, cpu, cuda or cuda:1; or for a GPU that is not here, such as sm_87",
     )
     parser.add_argument(
         "--memory",
@@ -39,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="plan for one dtype alone; auto shows all and marks the checkpoint's own",
     )
+    parser.add_argument(
+        "--quantization",
+        choices=("int8", "int4", "fp8"),
+        help="plan for linears quantised at load; default: shows those besides",
+    )
+    parser.add_argument(
+        "--backend", metavar="NAME", default="auto", help="auto, reference, native or triton"
+    )
     parser.add_argument("--batch-tokens", metavar="N", type=positive_int, default=16_384)
     parser.add_argument("--batch-patches", metavar="N", type=positive_int, default=16_384)
     parser.add_argument("--max-length", metavar="TOKENS", type=positive_int, default=8192)
@@ -48,73 +61,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint, locate
     from ..config import load_config
-    from ..weights import expected_shapes
-    from .plan import DTYPE_BYTES, make_plan, parts
+    from ..errors import BackendError
+    from .plan import Planner, find_device
 
     folder = locate(options.model, local_files_only=True)
     config = load_config(folder)
     checkpoint = Checkpoint(folder)
     own = own_dtype(checkpoint)
-    found = parts(checkpoint.shapes, config)
-    device, memory = _device(options.device, options.memory)
+    planner = Planner(checkpoint, config, find_device(options.device, options.memory))
+    forms = ("int8", "int4", "fp8") if planner.device.kind == "cuda" else ("int8", "int4")
+    wishes = _wishes(options, config, own, forms)
+    chosen = options.quantization or (own if options.dtype == "auto" else options.dtype)
+    plans = {chosen: planner.plan(wishes[chosen])}
+    for label, wish in wishes.items():
+        with contextlib.suppress(BackendError):  # not every backend computes in every dtype
+            plans[label] = planner.plan(wish)
+    if options.json:
+        document = _document(checkpoint, planner, own, plans, wishes, chosen)
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+        return 0
+    _print_model(checkpoint, config, plans[chosen].parts, own, planner.missing)
+    _print_plans(planner.device, plans, wishes[chosen], own)
+    _print_chosen(planner, plans[chosen], wishes[chosen], chosen)
+    return 0
+
+
+def _wishes(
+    options: argparse.Namespace, config: ModelConfig, own: str, forms: tuple[str, ...]
+) -> dict[str, Wish]:
+    """What to plan, by a name for it: each dtype, and each format in the checkpoint's own."""
+    from ..quant import Quantization
+    from .plan import Wish
+
     merged = config.vision.spatial_merge_size**2
     tokens = max(options.batch_tokens, options.max_length)
     patches = max(options.batch_patches, options.max_length * merged)
-    plans = {
-        dtype: make_plan(config, found, dtype=dtype, device=device, tokens=tokens, patches=patches)
-        for dtype in DTYPE_BYTES
-        if options.dtype in ("auto", dtype)
-    }
-    missing = _missing(checkpoint, expected_shapes(config))
-    if options.json:
-        document = _document(checkpoint, config, found, own, device, memory, plans, missing)
-        print(json.dumps(document, indent=2, ensure_ascii=False))
-        return 0
-    _print_model(checkpoint, config, found, own, missing)
-    _print_plan(options, device, memory, plans, own, tokens, patches)
-    return 0
+
+    def wish(dtype: str, form: str | None) -> Wish:
+        plan = Quantization.parse(form)
+        return Wish(dtype, plan, options.backend, tokens, patches, options.max_length)
+
+    base = own if options.dtype == "auto" else options.dtype
+    if options.quantization:
+        return {options.quantization: wish(base, options.quantization)}
+    dtypes = ("float32", "bfloat16", "float16") if options.dtype == "auto" else (base,)
+    found = {dtype: wish(dtype, None) for dtype in dtypes}
+    return found | {form: wish(base, form) for form in forms}
 
 
 def own_dtype(checkpoint: Checkpoint) -> str:
     """The dtype that ``auto`` loads: that of the token embedding."""
     stored = next(
-        (d for name, d in checkpoint.dtypes.items() if name.endswith("embed_tokens.weight")), "?"
+        (d for name, d in checkpoint.dtypes.items() if name.endswith("embed_tokens.weight")), "F32"
     )
-    return _STORED.get(stored, stored)
-
-
-def _missing(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> list[str]:
-    have = {name.removeprefix("model.") for name in checkpoint.shapes}
-    wanted = {name.removeprefix("model.") for name in expected} - {"lm_head.weight"}
-    return sorted(wanted - have)
-
-
-def _device(name: str, memory: int | None) -> tuple[str, int | None]:
-    """Which kind of device is planned for, and its bytes if they are known."""
-    import torch
-
-    from ..errors import BackendError
-
-    cuda = torch.cuda.is_available()
-    kind = name.partition(":")[0]
-    if kind == "auto":
-        kind = "cuda" if cuda else "cpu"
-    if kind not in ("cpu", "cuda"):
-        raise BackendError(f"device {name!r} is not supported: use auto, cpu or cuda:0")
-    if memory is not None:
-        return kind, memory
-    if kind == "cpu":
-        import os
-
-        return kind, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not cuda:
-        return kind, None
-    chosen = torch.device("cuda:0" if name in ("auto", "cuda") else name)
-    return kind, torch.cuda.get_device_properties(chosen).total_memory
+    return _STORED.get(stored, "float32")
 
 
 def _print_model(
-    checkpoint: Checkpoint, config: ModelConfig, found: list[Part], own: str, missing: list[str]
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    found: tuple[Part, ...],
+    own: str,
+    missing: list[str],
 ) -> None:
     text, vision = config.text, config.vision
     tied = "tied to the embedding" if config.tie_word_embeddings else "its own"
@@ -137,65 +145,102 @@ def _print_model(
     print(f"  pictures    {side} x {side} pixels a token")
     print("\nparameters")
     for part in found:
-        note = "  (not loaded, but for the two rows that a reranker reads)" * (not part.loaded)
+        note = "  (two rows of it are loaded, by a reranker)" * (part.name == "head")
         print(f"  {part.name:16}{part.parameters:>16,}{note}")
     print(f"  {'total':16}{sum(part.parameters for part in found):>16,}")
     if missing:
         print(f"\n{len(missing)} tensors are missing, the first is {missing[0]}")
 
 
-def _print_plan(
-    options: argparse.Namespace,
-    device: str,
-    memory: int | None,
-    plans: dict[str, Plan],
-    own: str,
-    tokens: int,
-    patches: int,
-) -> None:
+def _print_plans(device: Device, plans: dict[str, Plan], wish: Wish, own: str) -> None:
+    memory = device.memory
     has = f" of {_size(memory)}" if memory is not None else ""
-    print(f"\nmemory on {device}{has}, with {tokens:,} tokens and {patches:,} patches at once")
-    print(f"  {'dtype':12}{'weights':>12}{'activations':>14}{'the rest':>12}{'together':>12}")
-    for dtype, plan in plans.items():
+    print(
+        f"\nmemory on {device.name}{has}, with {wish.tokens:,} tokens and {wish.patches:,} patches "
+        "at once"
+    )
+    print(f"  {'':12}{'weights':>12}{'activations':>14}{'the rest':>12}{'together':>12}  backend")
+    for label, plan in plans.items():
         sizes = (plan.weights, plan.activations, plan.fixed, plan.total)
         columns = "".join(f"{_size(s):>{w}}" for s, w in zip(sizes, (12, 14, 12, 12), strict=True))
-        fits = "" if memory is None else "  fits" if plan.total <= memory else "  does not fit"
-        mark = " (as stored)" if dtype == own else ""
-        print(f"  {dtype:12}{columns}{fits}{mark}")
-    if memory is not None and all(plan.total > memory for plan in plans.values()):
-        print("  smaller --batch-tokens, --batch-patches and --max-length need less")
+        fits = "" if memory is None else "fits" if plan.total <= memory else "does not fit"
+        mark = " (as stored)" if label == own else ""
+        print(f"  {label:12}{columns}  {plan.backend:11}{fits}{mark}".rstrip())
+
+
+def _print_chosen(planner: Planner, plan: Plan, wish: Wish, label: str) -> None:
+    """The parts of one plan, the largest batch, and a verdict."""
+    from .plan import advice, formats_of
+
+    print(f"\n{label}, by part")
+    for part in plan.parts:
+        sizes = formats_of(part, plan.dtype).items()
+        print(f"  {part.name:16}" + ", ".join(f"{form} {_size(size)}" for form, size in sizes))
+    print(
+        "  a cached token of a beginning takes {}, a cached visual token {}".format(
+            *_cached(planner, wish)
+        )
+    )
+    memory = planner.device.memory
+    if memory is None:
+        print("  give --memory to see what fits")
+        return
+    text, pictures = (planner.largest(wish, pictures=kind) for kind in (False, True))
+    print(f"  the largest batch is of {text:,} tokens of text, or {pictures:,} patches of pictures")
+    if plan.total <= memory:
+        print(f"  fits, with {_size(memory - plan.total)} to spare")
+    else:
+        print(f"  does not fit: {_size(plan.total - memory)} too much; what would fit:")
+        for line in advice(planner, wish, plan):
+            print(f"    {line}")
+
+
+def _cached(planner: Planner, wish: Wish) -> tuple[str, str]:
+    from ..memory import keys_values_bytes, visual_bytes
+
+    dtype = wish.torch_dtype
+    sizes = keys_values_bytes(planner.config, dtype), visual_bytes(planner.config, dtype)
+    return _size(sizes[0]), _size(sizes[1])
 
 
 def _document(
     checkpoint: Checkpoint,
-    config: ModelConfig,
-    found: list[Part],
+    planner: Planner,
     own: str,
-    device: str,
-    memory: int | None,
     plans: dict[str, Plan],
-    missing: list[str],
+    wishes: dict[str, Wish],
+    chosen: str,
 ) -> dict[str, Any]:
-    from dataclasses import asdict
+    from .plan import advice
 
-    return {
+    memory = planner.device.memory
+    parts = plans[chosen].parts
+    document = {
         "path": str(checkpoint.folder),
         "files": _files(checkpoint),
         "dtype": own,
-        "config": asdict(config),
-        "parameters": {part.name: part.parameters for part in found},
-        "missing": missing,
-        "device": device,
+        "config": asdict(planner.config),
+        "parameters": {part.name: part.parameters for part in parts},
+        "missing": planner.missing,
+        "device": planner.device.name,
         "memory": memory,
         "plans": {
-            dtype: {
+            label: {
                 **asdict(plan),
+                "weights": plan.weights,
                 "total": plan.total,
                 "fits": None if memory is None else plan.total <= memory,
             }
-            for dtype, plan in plans.items()
+            for label, plan in plans.items()
         },
+        "chosen": chosen,
     }
+    if memory is not None:
+        wish = wishes[chosen]
+        document["largest_tokens"] = planner.largest(wish, pictures=False)
+        document["largest_patches"] = planner.largest(wish, pictures=True)
+        document["advice"] = advice(planner, wish, plans[chosen])
+    return document
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, int]:

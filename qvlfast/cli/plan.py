@@ -1,33 +1,61 @@
-"""How much memory a checkpoint takes when it is loaded and run, from its headers alone.
-
-The activations are those of the reference ops at their largest moment, counted from the code. In
-bytes, with b the bytes of one value of the model's dtype:
-
-    one token  = 16·ffn + (4·hidden + (2·heads + 2·kv_heads)·head_dim)·b + 4·head_dim
-    one patch  = (8 + b')·ffn_v + (8·hidden_v + levels·hidden/merge²)·b + 2·head_dim_v + pixels
-    visual     = hidden/merge²·(levels + 1)·b for each patch
-    activations = max(patches · patch,  tokens · token + patches · visual)
-
-16·ffn is SwiGLU in float32: gate and up, their float32 forms, and the product, where the copies
-that a 16-bit model makes and those a float32 model needs not make come to the same. (8 + b')·ffn_v
-is GELU, b' being 2 for a 16-bit model and 0 for float32. Pixels are 1 byte each, two frames a
-patch in videos. A batch holds at most ``tokens`` and ``patches``, except that a larger single input
-runs alone: so the larger of the budget and the length limit counts.
-"""
+"""What a checkpoint takes on a device, from its headers alone: weights, activations, the rest."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from ..config import ModelConfig
+import torch
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from ..checkpoint import Checkpoint
+from ..config import ModelConfig
+from ..dispatch import choose_ops
+from ..errors import BackendError
+from ..memory import Setup, largest_batch, peak_activations, weight_bytes
+from ..quant import Quantization
+from ..quant.stored import Stored, find_stored, published_name
+from ..weights import expected_shapes
 
 # Python, torch and the tokenizer were measured at 0.45 GiB on a CPU; pixels that wait for the
 # model take up to 0.2 GiB more. A CUDA context and its libraries take about 0.6 GiB of the GPU.
-_FIXED = {"cpu": 0.65 * 2**30, "cuda": 0.6 * 2**30}
+_PROCESS = int(0.65 * 2**30)
+_CONTEXT = int(0.6 * 2**30)
+
+# GPUs that kernels are compiled for, and whether one memory serves them and the CPU.
+_SHARED = {
+    "sm_80": False,
+    "sm_86": False,
+    "sm_87": True,  # Orin
+    "sm_89": False,
+    "sm_90": False,
+    "sm_100": False,
+    "sm_110": True,  # Thor
+    "sm_120": False,
+}
+_FP8_FROM = 89
+_PARTS = ("vision tower", "mergers", "token embedding", "decoder layers", "head")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is planned for.
+
+    Attributes:
+        name: as it was asked for, or what ``auto`` is.
+        kind: ``cpu`` or ``cuda``.
+        memory: bytes, if they are known.
+        fixed: bytes that are taken besides the model.
+        fp8: it multiplies FP8.
+    """
+
+    name: str
+    kind: str
+    memory: int | None
+    fixed: int
+    fp8: bool
 
 
 @dataclass(frozen=True)
@@ -37,55 +65,220 @@ class Part:
     Attributes:
         name: for a reader.
         parameters: how many numbers.
-        loaded: how many of them a loaded model keeps.
+        loaded: bytes of those that a loaded model keeps.
+        formats: bytes of them by format.
     """
 
     name: str
     parameters: int
     loaded: int
+    formats: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on the device."""
+    """Bytes on the device.
 
-    weights: int
+    Attributes:
+        dtype: of what is not quantised.
+        backend: that was planned for.
+        parts: the weights.
+        activations: the largest moment of a full batch.
+        fixed: besides the model.
+    """
+
+    dtype: str
+    backend: str
+    parts: tuple[Part, ...]
     activations: int
     fixed: int
+
+    @property
+    def weights(self) -> int:
+        return sum(part.loaded for part in self.parts)
 
     @property
     def total(self) -> int:
         return self.weights + self.activations + self.fixed
 
 
-def parts(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> list[Part]:
-    """The tensors of a checkpoint, grouped.
+@dataclass(frozen=True)
+class Wish:
+    """What is to be planned: ``dtype`` and ``quantization`` as ``from_pretrained`` takes them.
 
-    Args:
-        shapes: name → shape of every tensor.
+    Attributes:
+        tokens, patches: the most that one forward pass holds.
+        longest: tokens of the longest prompt.
     """
-    counts: dict[str, int] = {}
-    for name, shape in shapes.items():
-        group = _group(name)
-        counts[group] = counts.get(group, 0) + prod(shape)
+
+    dtype: str
+    quantization: Quantization | None
+    backend: str
+    tokens: int
+    patches: int
+    longest: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        found = getattr(torch, self.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+
+class Planner:
+    """Plans for one checkpoint on one device."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, device: Device) -> None:
+        self.config = config
+        self.device = device
+        bare = not any(name.startswith("model.") for name in checkpoint.shapes)
+        expected = expected_shapes(config)
+        own = {(n.removeprefix("model.") if bare else n): s for n, s in expected.items()}
+        self.stored = find_stored(checkpoint, own)
+        self.shapes = {n: s for n, s in own.items() if n in checkpoint.shapes or n in self.stored}
+        self.missing = sorted(set(own) - set(self.shapes) - {"lm_head.weight"})
+
+    def plan(self, wish: Wish) -> Plan:
+        """Bytes of what is wished for.
+
+        Raises:
+            BackendError: the backend does not run it.
+        """
+        setup = self._setup(wish)
+        return Plan(
+            wish.dtype,
+            setup.backend,
+            self._parts(setup),
+            peak_activations(
+                self.config,
+                setup,
+                tokens=wish.tokens,
+                patches=wish.patches,
+                longest=wish.longest,
+            ),
+            self.device.fixed,
+        )
+
+    def largest(self, wish: Wish, *, pictures: bool) -> int:
+        """The largest batch that fits: tokens of text alone, or patches of pictures alone.
+
+        Only with a known memory.
+        """
+        assert self.device.memory is not None
+        room = self.device.memory - self.plan(wish).weights - self.device.fixed
+        setup = self._setup(wish)
+        merged = self.config.vision.spatial_merge_size**2
+
+        def peak(count: int) -> int:
+            tokens, patches = (count // merged, count) if pictures else (count, 0)
+            return peak_activations(
+                self.config, setup, tokens=tokens, patches=patches, longest=wish.longest
+            )
+
+        return largest_batch(peak, room)
+
+    def _setup(self, wish: Wish) -> Setup:
+        dtype, plan = wish.torch_dtype, wish.quantization
+        # The table for a device that need not be here.
+        device = torch.device(self.device.kind)
+        ops = choose_ops(wish.backend, device, dtype, plan.format if plan else None)
+        stored = {published_name(name): value for name, value in self.stored.items()}
+        keeps = {"int8", "int4", "fp8", "fp8_blocks"} & set(ops.keeps)
+        if ops.name == "native" or (self.device.kind == "cuda" and not self.device.fp8):
+            keeps -= {"fp8", "fp8_blocks"}
+
+        def form(name: str) -> str:
+            known: Stored | None = stored.get(name)
+            if known is not None and known.form in keeps:
+                return known.form
+            if plan is None or not plan.covers(name):
+                return "float"
+            return plan.format if plan.format in keeps else "float"
+
+        def held(name: str) -> str:
+            # Triton's kernels multiply int4 as the int8 that it is exactly.
+            found = form(name)
+            return "int8" if (ops.name, found) == ("triton", "int4") else found
+
+        return Setup(dtype, ops.name, held, plan.group if plan else 64)
+
+    def _parts(self, setup: Setup) -> tuple[Part, ...]:
+        loaded = weight_bytes(self.shapes, setup)
+        found: dict[str, Part] = {name: Part(name, 0, 0, {}) for name in _PARTS}
+        for full, shape in self.shapes.items():
+            name = full.removeprefix("model.")
+            part = found[_group(name)]
+            form = setup.form(name.removesuffix(".weight")) if len(shape) == 2 else "float"
+            formats = dict(part.formats)
+            formats[form] = formats.get(form, 0) + loaded[name]
+            found[part.name] = replace(
+                part,
+                parameters=part.parameters + prod(shape),
+                loaded=part.loaded + loaded[name],
+                formats=formats,
+            )
+        return tuple(part for part in found.values() if part.parameters)
+
+
+def advice(planner: Planner, wish: Wish, plan: Plan) -> list[str]:
+    """What would fit where ``plan`` does not, the least change first; empty if it fits."""
+    memory = planner.device.memory
+    if memory is None or plan.total <= memory:
+        return []
     found = []
-    for group in ("vision tower", "mergers", "token embedding", "decoder layers", "head"):
-        count = counts.get(group, 0)
-        if count:
-            # A head is read for two of its rows; a still's patch weights are kept beside a video's.
-            extra = _still_weights(config) if group == "vision tower" else 0
-            loaded = 0 if group == "head" else count + extra
-            found.append(Part(group, count, loaded))
-    return found
+    smaller = wish
+    while smaller.tokens > 512:
+        smaller = replace(
+            smaller,
+            tokens=smaller.tokens // 2,
+            patches=min(smaller.patches, 2 * smaller.tokens),
+            longest=min(smaller.longest, smaller.tokens // 2),
+        )
+        if planner.plan(smaller).total <= memory:
+            found.append(
+                f"--batch-tokens {smaller.tokens} --batch-patches {smaller.patches} "
+                f"--max-length {smaller.longest}"
+            )
+            break
+    for form in ("int8", "int4"):
+        if (
+            wish.quantization is None
+            and planner.plan(replace(wish, quantization=Quantization(form))).total <= memory
+        ):
+            found.append(f"--quantization {form}")
+            break
+    return found or ["no smaller batch and no format of this package: take a smaller model"]
 
 
-def _still_weights(config: ModelConfig) -> int:
-    vision = config.vision
-    return vision.hidden_size * vision.in_channels * vision.patch_size**2
+def find_device(name: str, memory: int | None) -> Device:
+    """The device that ``--device`` names: here, or any GPU by its architecture.
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    if re.fullmatch(r"sm_\d+", name):
+        if name not in _SHARED:
+            raise BackendError(f"device {name!r} is unknown: use one of {', '.join(_SHARED)}")
+        fixed = _CONTEXT + (_PROCESS if _SHARED[name] else 0)
+        return Device(name, "cuda", memory, fixed, int(name[3:]) >= _FP8_FROM)
+    here = torch.cuda.is_available()
+    kind = name.partition(":")[0]
+    if kind == "auto":
+        kind = "cuda" if here else "cpu"
+    if kind not in ("cpu", "cuda"):
+        raise BackendError(f"device {name!r} is not supported: use auto, cpu, cuda:0 or sm_87")
+    if kind == "cpu":
+        own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Device("cpu", kind, memory or own, _PROCESS, True)
+    if not here:
+        return Device("cuda", kind, memory, _CONTEXT, True)
+    chosen = torch.device("cuda:0" if name in ("auto", "cuda") else name)
+    properties = torch.cuda.get_device_properties(chosen)
+    fp8 = 10 * properties.major + properties.minor >= _FP8_FROM
+    return Device(str(chosen), kind, memory or properties.total_memory, _CONTEXT, fp8)
 
 
 def _group(name: str) -> str:
-    name = name.removeprefix("model.")
     if name.startswith("lm_head"):
         return "head"
     if name.startswith("visual."):
@@ -93,39 +286,6 @@ def _group(name: str) -> str:
     return "token embedding" if "embed_tokens" in name else "decoder layers"
 
 
-def activation_bytes(config: ModelConfig, dtype: str, tokens: int, patches: int) -> int:
-    """Bytes of the largest moment of a forward pass; the formula is in this module's docstring."""
-    text, vision = config.text, config.vision
-    b = DTYPE_BYTES[dtype]
-    merged = vision.spatial_merge_size**2
-    levels = len(vision.deepstack_layers)
-    heads = 2 * text.num_heads + 2 * text.num_kv_heads
-    token = 16 * text.intermediate_size + 4 * text.head_dim
-    token += (4 * text.hidden_size + heads * text.head_dim) * b
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    patch = (8 + (b if b == 2 else 0)) * vision.intermediate_size
-    patch += (8 * vision.hidden_size + levels * text.hidden_size // merged) * b
-    patch += 2 * vision.head_dim + pixels
-    visual = text.hidden_size // merged * (levels + 1) * b
-    return max(patches * patch, tokens * token + patches * visual)
-
-
-def make_plan(
-    config: ModelConfig,
-    found: list[Part],
-    *,
-    dtype: str,
-    device: str,
-    tokens: int,
-    patches: int,
-) -> Plan:
-    """Bytes on ``device`` (``cpu`` or ``cuda``) with weights in ``dtype``.
-
-    Args:
-        tokens, patches: the most that one forward pass holds.
-    """
-    return Plan(
-        weights=sum(part.loaded for part in found) * DTYPE_BYTES[dtype],
-        activations=activation_bytes(config, dtype, tokens, patches),
-        fixed=int(_FIXED[device]),
-    )
+def formats_of(part: Part, dtype: str) -> Mapping[str, int]:
+    """Bytes of a part by the name of their format."""
+    return {dtype if form == "float" else form: size for form, size in part.formats.items()}

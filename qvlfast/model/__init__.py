@@ -75,7 +75,7 @@ class Model:
             resident,
             keep,
         )
-        values = head_forward(self.ops, self.weights, self.config.text, output.hidden)
+        values = head_forward(self.ops, self.weights, self.config.text, output)
         return Output(values, output.kept)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -7,12 +7,13 @@ from torch import Tensor
 from ..config import TextConfig
 from ..ops import Ops
 from ..weights import ModelWeights
+from .text import TextOutput
 
 
-def head_forward(ops: Ops, weights: ModelWeights, config: TextConfig, hidden: Tensor) -> Tensor:
+def head_forward(ops: Ops, weights: ModelWeights, config: TextConfig, output: TextOutput) -> Tensor:
     """Vectors ``[R, hidden_size]`` of an embedder (before any cut or scaling to unit length), or
     scores ``[R]`` of a reranker; float32."""
-    pooled = ops.pool(hidden, weights.text.norm, config.norm_eps)
+    norm, eps = weights.text.norm, config.norm_eps
     if weights.answer_rows is None:
-        return pooled
-    return ops.score(pooled, weights.answer_rows)
+        return ops.pool(output.hidden, norm, eps, read=output.read)
+    return ops.score(output.hidden, norm, eps, weights.answer_rows, read=output.read)

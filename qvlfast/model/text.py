@@ -21,11 +21,13 @@ from ..weights import TextLayer, TextWeights
 class TextOutput:
     """
     Attributes:
-        hidden: ``[R, hidden_size]``: the read tokens before the final norm.
+        hidden: ``[R, hidden_size]``: the read tokens before the final norm; or all tokens'.
+        read: ``[R]`` int64, the rows of ``hidden`` that were read; None if it has no others.
         kept: for each span asked for, the keys and values of every layer.
     """
 
     hidden: Tensor
+    read: Tensor | None
     kept: tuple[tuple[KeysValues, ...], ...]
 
 
@@ -71,11 +73,11 @@ def text_forward(
         k, v = (_joined([pair[i] for pair in (*past, *parts)]) for i in (0, 1))
         first = len(k) - len(x)
         for span, layers in zip(keep, kept, strict=True):
-            rows = slice(first + span.start, first + span.stop)
-            layers.append((_copied(k[rows]), _copied(v[rows])))
+            own = slice(first + span.start, first + span.stop)
+            layers.append((_copied(k[own]), _copied(v[own])))
         if prune and index == last:
-            own = torch.from_numpy(batch.read).to(x.device)
-            args = (x[own], _at(tables, own), k, v, batch.forest)
+            read = torch.from_numpy(batch.read).to(x.device)
+            args = (x[read], _at(tables, read), k, v, batch.forest)
             x = _attend_and_mix(ops, layer, config, *args, batch.read)
         elif len(windows) == 1:
             x = _attend_and_mix(ops, layer, config, x, tables, k, v, batch.forest)
@@ -88,11 +90,10 @@ def text_forward(
                 x[here] = _attend_and_mix(ops, layer, config, *args)
                 yield
         if index < len(deepstack):
-            x.index_add_(0, batch.visual_index, deepstack[index])
+            ops.add_rows(x, batch.visual_index, deepstack[index])
         yield
-    if not prune:
-        x = x[torch.from_numpy(batch.read).to(x.device)]
-    return TextOutput(hidden=x, kept=tuple(tuple(layers) for layers in kept))
+    rows = None if prune else torch.from_numpy(batch.read).to(x.device)
+    return TextOutput(hidden=x, read=rows, kept=tuple(tuple(layers) for layers in kept))
 
 
 def _at(tables: tuple[Tensor, Tensor], rows: slice | Tensor) -> tuple[Tensor, Tensor]:

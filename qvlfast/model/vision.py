@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 
 import torch
@@ -43,15 +44,18 @@ def vision_forward(
 def _embed_patches(
     ops: Ops, weights: VisionWeights, config: VisionConfig, batch: VisionBatch
 ) -> Tensor:
-    positions = ops.resample_positions(weights.positions, batch.grids, config.spatial_merge_size)
-    stills = batch.stills.shape[0]
+    pictures, patches = 0, 0
+    while patches < len(batch.stills):
+        patches += math.prod(batch.grids[pictures])
+        pictures += 1
     parts = []
-    for pixels, embed, place in (
-        (batch.stills, weights.patch_still, positions[:stills]),
-        (batch.videos, weights.patch_video, positions[stills:]),
+    for pixels, embed, grids in (
+        (batch.stills, weights.patch_still, batch.grids[:pictures]),
+        (batch.videos, weights.patch_video, batch.grids[pictures:]),
     ):
-        if pixels.shape[0]:
-            parts.append(ops.patch_embed(pixels, embed, place))
+        if grids:
+            merge = config.spatial_merge_size
+            parts.append(ops.patch_embed(pixels, embed, weights.positions, grids, merge))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -64,14 +68,15 @@ def _block(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    normed = ops.layer_norm(x, block.norm1.weight, block.norm1.bias, config.norm_eps)
+    norm1, norm2 = block.norm1, block.norm2
+    normed = ops.layer_norm(x, norm1.weight, norm1.bias, config.norm_eps, rows=block.qkv.rows)
     qkv = ops.linear(normed, block.qkv)
     q, k, v = qkv.view(len(x), 3, config.num_heads, config.head_dim).unbind(1)
     q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
     scale = config.head_dim**-0.5
     attended = ops.attention(q, k, v, forest, causal=False, scale=scale)
     x = ops.linear(attended.flatten(1), block.proj, residual=x)
-    normed = ops.layer_norm(x, block.norm2.weight, block.norm2.bias, config.norm_eps)
+    normed = ops.layer_norm(x, norm2.weight, norm2.bias, config.norm_eps, rows=block.fc1.rows)
     hidden = ops.linear(normed, block.fc1, activation="gelu_tanh")
     return ops.linear(hidden, block.fc2, residual=x)
 
@@ -81,5 +86,6 @@ def _merge(ops: Ops, merger: Merger, config: VisionConfig, x: Tensor) -> Tensor:
     if merger.norm_merged:
         x = x.view(-1, config.merged_size)
     normed = ops.layer_norm(x, merger.norm.weight, merger.norm.bias, config.norm_eps)
+    assert isinstance(normed, Tensor)
     hidden = ops.linear(normed.view(-1, config.merged_size), merger.fc1, activation="gelu_erf")
     return ops.linear(hidden, merger.fc2)

@@ -10,9 +10,9 @@ from .attention import Forest, attention
 from .head import pool, score
 from .linear import Linear, Weight, embed, gated_linear, linear, prepare
 from .norm import layer_norm, rms_norm
-from .patch_embed import patch_embed, resample_positions
+from .patch_embed import patch_embed
 from .rope import mrope_tables, norm_rope, rope, vision_rope_tables
-from .rows import QuantisedRows, RowFormat, Rows
+from .rows import QuantisedRows, RowFormat, Rows, add_rows
 
 __all__ = ["Forest", "Linear", "Ops", "QuantisedRows", "RowFormat", "Rows", "Weight"]
 
@@ -21,6 +21,8 @@ class Ops:
     """The reference backend: each op as written in its own file."""
 
     name = "reference"
+    keeps: frozenset[str] = frozenset({"int8", "int4", "fp8"})
+    """Formats of stored weights that ``prepare`` takes as they are; loading widens the others."""
 
     prepare = staticmethod(prepare)
     linear = staticmethod(linear)
@@ -34,6 +36,6 @@ class Ops:
     norm_rope = staticmethod(norm_rope)
     attention = staticmethod(attention)
     patch_embed = staticmethod(patch_embed)
-    resample_positions = staticmethod(resample_positions)
+    add_rows = staticmethod(add_rows)
     pool = staticmethod(pool)
     score = staticmethod(score)

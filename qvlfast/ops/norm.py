@@ -29,16 +29,19 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide * scale * weight.float()
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, rows: RowFormat = "float"
+) -> Rows:
     """(x − mean) / sqrt(var + eps) · weight + bias over the last axis.
 
     Args:
-        x: ``[..., C]``.
+        x: ``[T, C]``.
         weight: ``[C]``.
         bias: ``[C]``.
+        rows: the form to return it in, that which the next linear wants.
 
     Returns:
-        The shape and dtype of ``x``.
+        The shape and dtype of ``x``, or quantised.
     """
     wide = F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
-    return wide.to(x.dtype)
+    return as_rows(wide.to(x.dtype), rows)

@@ -11,19 +11,26 @@ from torch import Tensor
 from .linear import Linear
 
 
-def patch_embed(pixels: Tensor, layer: Linear, positions: Tensor) -> Tensor:
+def patch_embed(
+    pixels: Tensor,
+    layer: Linear,
+    table: Tensor,
+    grids: Sequence[tuple[int, int, int]],
+    merge: int,
+) -> Tensor:
     """pixels · weightᵀ + bias + positions, with the pixel normalisation already in the weights.
 
     Args:
         pixels: ``[N, K]`` uint8, one flattened patch a row.
         layer: weight ``[C, K]`` and bias ``[C]`` float32, see
             :func:`qvlfast.weights.fold_normalisation`.
-        positions: ``[N, C]`` float32, see :func:`resample_positions`.
+        table, grids, merge: of the positions, see :func:`resample_positions`.
 
     Returns:
         ``[N, C]`` in the dtype of the weight.
     """
     (weight,) = layer.weight
+    positions = resample_positions(table, grids, merge)
     # 0..255 and the weights are exact in float32, so only the sum rounds.
     return (F.linear(pixels.float(), weight.float(), layer.bias) + positions).to(weight.dtype)
 

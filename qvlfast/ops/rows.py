@@ -64,3 +64,14 @@ def quantise_rows(x: Tensor, form: RowFormat) -> QuantisedRows:
 def as_rows(x: Tensor, form: RowFormat) -> Rows:
     """``x`` itself, or quantised."""
     return x if form == "float" else quantise_rows(x, form)
+
+
+def add_rows(x: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``x[index] += rows``, in place: what deepstack does after the first decoder layers.
+
+    Args:
+        x: ``[T, C]``.
+        index: ``[V]`` int64, no row twice.
+        rows: ``[V, C]`` in the dtype of ``x``.
+    """
+    x.index_add_(0, index, rows)

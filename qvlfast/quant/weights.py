@@ -18,6 +18,7 @@ INT8_MOST = 127
 INT4_MOST = 7
 MULTIPLIER_MOST = 18  # 7 · 18 = 126 is the most that an int8 holds
 FP8_MOST = 448.0  # the largest finite e4m3
+FP8_BLOCK = 128  # outputs, and inputs, that share a scale in Qwen's FP8 files
 # In place of the largest value of a channel of zeros.
 TINY = 1e-30
 
@@ -119,7 +120,39 @@ class Fp8Weight:
         return self.values.float() * self.scale[:, None]
 
 
-QuantisedWeight: TypeAlias = Int8Weight | Int4Weight | Fp8Weight
+@dataclass(frozen=True)
+class Fp8BlockWeight:
+    """weight = values · scale of the block of 128 × 128, as Qwen's FP8 files have it.
+
+    Attributes:
+        values: ``[N, K]`` float8_e4m3fn.
+        scale_inv: ``[N / 128, K / 128]``, rounded up, float32; the name is the files': it is what
+            values are multiplied by.
+    """
+
+    values: Tensor
+    scale_inv: Tensor
+
+    def to(self, device: torch.device) -> Fp8BlockWeight:
+        """A copy on ``device``."""
+        return Fp8BlockWeight(self.values.to(device), self.scale_inv.to(device))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.values.shape[0], self.values.shape[1]
+
+    def dequantise(self) -> Tensor:
+        """``[N, K]`` float32."""
+        n, k = self.shape
+        wide = self.values.float()
+        for row, scales in enumerate(self.scale_inv):
+            block = slice(row * FP8_BLOCK, min((row + 1) * FP8_BLOCK, n))
+            wide[block] *= scales.repeat_interleave(FP8_BLOCK)[:k]
+        return wide
+
+
+QuantisedWeight: TypeAlias = Int8Weight | Int4Weight | Fp8Weight | Fp8BlockWeight
 
 
 def quantise_int8(weight: Tensor) -> Int8Weight:

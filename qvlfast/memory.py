@@ -1,0 +1,405 @@
+"""How much memory a model takes, known before it is loaded or run.
+
+Weights are counted from shapes and formats. For activations the model's own code runs over tensors
+that have a shape and no storage, with a table of ops that allocate what a backend's ops allocate
+and compute nothing; the bytes that are alive at once are added up as it goes. So the peak follows
+the code, whatever is changed there. Not in it: what torch's allocator keeps for later use.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .batch import pack
+from .config import ModelConfig
+from .model import Model
+from .ops import Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
+from .ops.patch_embed import resample_positions
+from .pixels import Patches
+from .prompt import Prompt
+from .quant import Fp8Weight, Int4Weight, Int8Weight
+from .weights import (
+    LayerNorm,
+    Merger,
+    ModelWeights,
+    TextLayer,
+    TextWeights,
+    VisionBlock,
+    VisionWeights,
+)
+
+_META = torch.device("meta")
+_PANEL = 16  # output channels that the CPU kernels store together, see csrc/pack.h
+
+Format = str
+"""``float``, or a format of quantised weights: int8, int4, fp8, fp8_blocks."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides how much a model takes, besides its shape.
+
+    Attributes:
+        dtype: of activations and of weights in floating point.
+        backend: ``reference``, ``native`` or ``triton``.
+        form: the format of a linear, by its published name without ``model.`` and ``.weight``.
+        group: inputs that share a multiplier, in int4.
+    """
+
+    dtype: torch.dtype
+    backend: str = "reference"
+    form: Callable[[str], Format] = lambda name: "float"
+    group: int = 64
+
+    def rows(self, name: str) -> RowFormat:
+        """The form in which that linear takes its input."""
+        forms: dict[str, RowFormat] = {"int8": "int8", "int4": "int8"}
+        forms |= {"fp8": "fp8", "fp8_blocks": "fp8"}
+        return forms.get(self.form(name), "float")
+
+
+def weight_bytes(shapes: Mapping[str, tuple[int, ...]], setup: Setup) -> dict[str, int]:
+    """Bytes of each tensor of a loaded model, by its published name without ``model.``.
+
+    Args:
+        shapes: of :func:`qvlfast.weights.expected_shapes`.
+    """
+    found = {}
+    for full, shape in shapes.items():
+        name = full.removeprefix("model.")
+        if name == "lm_head.weight":
+            found[name] = 2 * shape[1] * 4  # the rows of yes and no
+        elif len(shape) == 2 and not name.endswith(("embed_tokens.weight", "pos_embed.weight")):
+            form = setup.form(name.removesuffix(".weight"))
+            found[name] = linear_bytes(shape[0], shape[1], form, setup)
+        elif name.endswith("patch_embed.proj.weight"):
+            # Twice: for the frame of a still, and for those of a video.
+            k = int(np.prod(shape[1:]))
+            sizes = (k // shape[2], k)
+            found[name] = sum(linear_bytes(shape[0], size, "float", setup) for size in sizes)
+        elif name.endswith(".bias") and ".norm" not in name:
+            # Summed up in float32, except by the reference.
+            wide = setup.backend != "reference" or "patch_embed" in name
+            twice = 2 if "patch_embed" in name else 1
+            found[name] = twice * shape[0] * (4 if wide else setup.dtype.itemsize)
+        else:
+            found[name] = int(np.prod(shape)) * setup.dtype.itemsize
+    return found
+
+
+def linear_bytes(n: int, k: int, form: Format, setup: Setup) -> int:
+    """Bytes of one ``[N, K]`` weight."""
+    group, size = setup.group, setup.dtype.itemsize
+    if setup.backend == "native":
+        # Panels of 16 channels; K in steps that every instruction set can take.
+        n = -(-n // _PANEL) * _PANEL
+        k = -(-k // (step := {"float": 32, "int4": max(group, 64)}.get(form, 64))) * step
+        sums = 4 if form == "int8" else 0
+    else:
+        sums = 0
+    if form == "int8":
+        return n * k + n * (4 + sums)
+    if form == "int4":
+        return n * k // 2 + n * -(-k // group) + n * 4
+    if form == "fp8":
+        return n * k + n * 4
+    if form == "fp8_blocks":
+        return n * k + 4 * -(-n // 128) * -(-k // 128)
+    return n * k * size
+
+
+def peak_activations(
+    config: ModelConfig, setup: Setup, *, tokens: int, patches: int, longest: int = 8192
+) -> int:
+    """Bytes alive at the largest moment of a forward pass, its inputs included.
+
+    Args:
+        tokens: of the batch, those that stand for pictures included.
+        patches: of all pictures together; four or so make a token.
+        longest: tokens of the longest prompt.
+    """
+    small = _shortened(config)
+    model = Model(small, _weights(small, setup), _OPS[setup.backend]())
+    merge = config.vision.spatial_merge_size
+    prompts = _prompts(config, tokens, patches, longest)
+    with _Counter() as counter:
+        batch = pack(prompts, merge, _META).batch
+        answer = model.forward(batch)
+        del answer, batch
+    return counter.peak + _scratch(config, setup, tokens, patches)
+
+
+def keys_values_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in all layers, as a cache holds them."""
+    text = config.text
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * dtype.itemsize
+
+
+def visual_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one visual token and its levels of deepstack, as a cache holds them."""
+    levels = 1 + len(config.vision.deepstack_layers)
+    return levels * config.vision.out_hidden_size * dtype.itemsize
+
+
+def largest_batch(peak: Callable[[int], int], room: int, most: int = 1 << 18) -> int:
+    """The largest n up to ``most`` with ``peak(n) <= room``; 0 if there is none.
+
+    Args:
+        peak: grows evenly, as :func:`peak_activations` does with tokens or patches alone.
+    """
+    low, high = peak(1024), peak(2048)
+    slope = (high - low) / 1024
+    return min(max(int(1024 + (room - low) / slope), 0), most)
+
+
+def _scratch(config: ModelConfig, setup: Setup, tokens: int, patches: int) -> int:
+    """What the CPU kernels keep: keys and values of a layer in float32, head by head."""
+    if setup.backend != "native":
+        return 0
+    text, vision = config.text, config.vision
+    own = 2 * 4 * text.num_kv_heads * text.head_dim * tokens
+    width = -(-vision.head_dim // _PANEL) * _PANEL
+    return max(own, 2 * 4 * vision.num_heads * width * patches)
+
+
+def _shortened(config: ModelConfig) -> ModelConfig:
+    """The same peak from fewer layers: all of one kind need the same."""
+    levels = len(config.vision.deepstack_layers)
+    vision = replace(config.vision, depth=levels + 1, deepstack_layers=tuple(range(levels)))
+    layers = min(levels + 2, config.text.num_layers)
+    return replace(config, vision=vision, text=replace(config.text, num_layers=layers))
+
+
+def _prompts(config: ModelConfig, tokens: int, patches: int, longest: int) -> list[Prompt]:
+    """Made-up prompts that together have so many tokens and patches."""
+    merge = config.vision.spatial_merge_size
+    media = []
+    visual = patches // merge**2
+    if visual:
+        # As a video of one row of blocks: those have the larger pixels.
+        width = config.vision.in_channels * config.vision.patch_size**2
+        pixels = np.empty((visual * merge**2, width * config.vision.temporal_patch_size), np.uint8)
+        media = [Patches(pixels, (1, merge, visual * merge), visual, is_video=True)]
+    lengths = [max(tokens, visual, 1)]
+    while not visual and lengths[-1] > longest:
+        lengths[-1:] = [longest, lengths[-1] - longest]
+    return [
+        Prompt(
+            ids=np.zeros(length, np.int32),
+            positions=np.zeros((3, length), np.int32),
+            media=tuple(media),
+            visual_index=np.arange(visual, dtype=np.int32),
+        )
+        for length in lengths
+    ]
+
+
+def _weights(config: ModelConfig, setup: Setup) -> ModelWeights:
+    """Weights without storage."""
+    text, vision = config.text, config.vision
+
+    def new(*shape: int, dtype: torch.dtype = setup.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=_META)
+
+    def linear(name: str, k: int, *sizes: int, bias: bool = False) -> Linear:
+        parts = tuple(_weight(n, k, setup.form(name), setup) for n in sizes)
+        return Linear(parts, new(sum(sizes)) if bias else None, setup.rows(name))
+
+    def merger(name: str, merged: bool) -> Merger:
+        size = vision.merged_size
+        width = size if merged else vision.hidden_size
+        return Merger(
+            LayerNorm(new(width), new(width)),
+            linear(f"{name}.linear_fc1", size, size, bias=True),
+            linear(f"{name}.linear_fc2", size, vision.out_hidden_size, bias=True),
+            merged,
+        )
+
+    c, ffn = vision.hidden_size, vision.intermediate_size
+    h, d = text.hidden_size, text.head_dim
+    block = VisionBlock(
+        LayerNorm(new(c), new(c)),
+        linear("visual.blocks.0.attn.qkv", c, 3 * c, bias=True),
+        linear("visual.blocks.0.attn.proj", c, c, bias=True),
+        LayerNorm(new(c), new(c)),
+        linear("visual.blocks.0.mlp.linear_fc1", c, ffn, bias=True),
+        linear("visual.blocks.0.mlp.linear_fc2", ffn, c, bias=True),
+    )
+    name = "language_model.layers.0"
+    kv, q = text.num_kv_heads * d, text.num_heads * d
+    layer = TextLayer(
+        input_norm=new(h),
+        q_proj=linear(f"{name}.self_attn.q_proj", h, q),
+        kv_proj=linear(f"{name}.self_attn.k_proj", h, kv, kv),
+        q_norm=new(d),
+        k_norm=new(d),
+        o_proj=linear(f"{name}.self_attn.o_proj", q, h),
+        post_norm=new(h),
+        gate_up_proj=linear(
+            f"{name}.mlp.gate_proj", h, text.intermediate_size, text.intermediate_size
+        ),
+        down_proj=linear(f"{name}.mlp.down_proj", text.intermediate_size, h),
+    )
+    pixels = vision.in_channels * vision.patch_size**2
+    bias = new(c, dtype=torch.float32)
+    return ModelWeights(
+        vision=VisionWeights(
+            patch_still=Linear((new(c, pixels),), bias),
+            patch_video=Linear((new(c, pixels * vision.temporal_patch_size),), bias),
+            positions=new(vision.num_positions, c),
+            blocks=(block,) * vision.depth,
+            merger=merger("visual.merger", False),
+            deepstack=tuple(
+                merger(f"visual.deepstack_merger_list.{i}", True)
+                for i in range(len(vision.deepstack_layers))
+            ),
+        ),
+        text=TextWeights(new(text.vocab_size, h), (layer,) * text.num_layers, new(h)),
+        answer_rows=None,
+    )
+
+
+def _weight(n: int, k: int, form: Format, setup: Setup) -> Weight:
+    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=_META)
+
+    scale = new(n, dtype=torch.float32)
+    if form == "int8":
+        return Int8Weight(new(n, k, dtype=torch.int8), scale)
+    if form == "int4":
+        multiplier = new(n, -(-k // setup.group), dtype=torch.uint8)
+        return Int4Weight(new(n, k // 2, dtype=torch.uint8), multiplier, scale, setup.group)
+    if form in ("fp8", "fp8_blocks"):
+        return Fp8Weight(new(n, k, dtype=torch.float8_e4m3fn), scale)
+    return new(n, k, dtype=setup.dtype)
+
+
+def _width(layer: Linear) -> int:
+    return sum(part.shape[0] for part in layer.weight)
+
+
+def _rows(x: Tensor, form: RowFormat) -> Rows:
+    if form == "float":
+        return x
+    return QuantisedRows(
+        x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x)).float(), x.dtype
+    )
+
+
+class _Reference(Ops):
+    """The reference itself, but for attention, which torch has no tensors without storage for."""
+
+    @staticmethod
+    def attention(q: Tensor, k: Tensor, v: Tensor, forest: Any, **rest: Any) -> Tensor:
+        out = torch.empty_like(q)
+        longest = int(np.diff(forest.cu_k).max())
+        keys = [torch.cat([x[:longest]]).float() for x in (k, v)]
+        some = q[:longest]
+        attended = torch.empty_like(some.float())
+        del keys
+        out[: len(some)] = attended.to(q.dtype)
+        return out
+
+
+class _Fused(Ops):
+    """One output an op, and quantised rows where a linear wants them."""
+
+    @staticmethod
+    def linear(
+        x: Rows, layer: Linear, *, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        values = x if isinstance(x, Tensor) else x.values
+        return values.new_empty(len(x), _width(layer), dtype=x.dtype)
+
+    @staticmethod
+    def gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:
+        values = x if isinstance(x, Tensor) else x.values
+        out = values.new_empty(len(x), _width(layer) // 2, dtype=x.dtype)
+        return _rows(out, rows)
+
+    @staticmethod
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float") -> Rows:
+        return torch.empty_like(x) if rows == "float" else _rows(x, rows)
+
+    @staticmethod
+    def layer_norm(
+        x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, rows: RowFormat = "float"
+    ) -> Any:
+        return torch.empty_like(x) if rows == "float" else _rows(x, rows)
+
+    @staticmethod
+    def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @staticmethod
+    def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @staticmethod
+    def attention(q: Tensor, k: Tensor, v: Tensor, forest: Any, **rest: Any) -> Tensor:
+        return q.new_empty(q.shape)
+
+
+class _Native(_Fused):
+    @staticmethod
+    def patch_embed(pixels: Tensor, layer: Linear, table: Tensor, grids: Any, merge: int) -> Tensor:
+        positions = resample_positions(table, grids, merge)
+        out = _Fused.linear(pixels.to(layer.weight[0].dtype), layer)
+        del positions
+        return out
+
+
+class _Triton(_Fused):
+    @staticmethod
+    def linear(x: Rows, layer: Linear, **rest: Any) -> Tensor:
+        # Rows that no norm has quantised are in a launch of their own.
+        return _Fused.linear(_rows(x, layer.rows) if isinstance(x, Tensor) else x, layer)
+
+    @staticmethod
+    def patch_embed(pixels: Tensor, layer: Linear, table: Tensor, grids: Any, merge: int) -> Tensor:
+        return pixels.new_empty(len(pixels), _width(layer), dtype=layer.weight[0].dtype)
+
+
+_OPS: dict[str, type[Ops]] = {"reference": _Reference, "native": _Native, "triton": _Triton}
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the bytes of the tensors without storage that are alive.
+
+    Attributes:
+        peak: the most at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.is_meta:
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self._now += size
+            self.peak = max(self.peak, self._now)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
