@@ -219,10 +219,10 @@ void gemm(const TensorView& x, const TensorView& x_scale, const PackedWeight& we
   const int64_t width = weight.gated ? weight.n / 2 : weight.n;
   switch (weight.format) {
     case Format::f32:
-      require("x", x, {-1, weight.k}, {DType::f32});
+      require("x", x, {-1, weight.k}, {DType::f32, DType::u8});
       break;
     case Format::bf16:
-      require("x", x, {-1, weight.k}, {DType::bf16});
+      require("x", x, {-1, weight.k}, {DType::bf16, DType::u8});
       break;
     case Format::int8:
     case Format::int4:

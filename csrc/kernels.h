@@ -70,6 +70,9 @@ struct Kernels {
                  const Epilogue& epilogue);
   // int8 values and the scale of a row; see quantise_rows in rowwise.h.
   void (*quantise_row)(const float* x, int64_t n, int8_t* values, float* scale);
+  // A row in groups; `x` has room up to a whole group. See quantise_int4 in rowwise.h.
+  void (*quantise_int4_row)(float* x, int64_t n, int64_t group, uint8_t* pairs, uint8_t* multiplier,
+                            float* scale);
   void (*widen)(const void* x, DType dtype, int64_t n, float* out);
   void (*narrow)(const float* x, int64_t n, DType dtype, void* out);
   void (*rms_norm_row)(const float* x, const float* weight, int64_t n, float eps, float* out);

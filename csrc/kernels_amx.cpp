@@ -187,7 +187,11 @@ void prepare_row(const void* row, DType dtype, int64_t k, int64_t padded, Format
     return;
   }
   const int64_t size = x_bytes(format);
-  std::memcpy(out, row, static_cast<size_t>(k * size));
+  if (format == Format::bf16) {
+    copy_halves(row, dtype, k, static_cast<uint16_t*>(out));
+  } else {
+    std::memcpy(out, row, static_cast<size_t>(k));
+  }
   std::memset(static_cast<char*>(out) + k * size, 0, static_cast<size_t>((padded - k) * size));
 }
 

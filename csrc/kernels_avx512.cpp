@@ -44,7 +44,7 @@ void prepare_row(const void* row, DType dtype, int64_t k, int64_t padded, Format
   if (size == 4) {
     widen(row, dtype, k, static_cast<float*>(out));
   } else if (size == 2) {
-    std::memcpy(out, row, static_cast<size_t>(2 * k));
+    copy_halves(row, dtype, k, static_cast<uint16_t*>(out));
   } else if (format == Format::int8) {
     const auto* values = static_cast<const uint8_t*>(row);
     for (int64_t i = 0; i < k; ++i) {
@@ -94,9 +94,10 @@ void attend(const AttentionArgs& args, const KeyBlock& block, const int64_t* vis
 
 const Kernels& avx512_kernels() {
   using namespace avx512;
-  static const Kernels table{
-      x_bytes,      prepare_row,    block,     finish,          quantise_row, widen,     narrow,
-      rms_norm_row, layer_norm_row, rope_head, attention_dtype, attend,       attend_end};
+  static const Kernels table{x_bytes,      prepare_row,       block,     finish,
+                             quantise_row, quantise_int4_row, widen,     narrow,
+                             rms_norm_row, layer_norm_row,    rope_head, attention_dtype,
+                             attend,       attend_end};
   return table;
 }
 

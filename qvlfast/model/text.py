@@ -73,11 +73,11 @@ def text_forward(
         k, v = (_joined([pair[i] for pair in (*past, *parts)]) for i in (0, 1))
         first = len(k) - len(x)
         for span, layers in zip(keep, kept, strict=True):
-            own = slice(first + span.start, first + span.stop)
-            layers.append((_copied(k[own]), _copied(v[own])))
+            rows = slice(first + span.start, first + span.stop)
+            layers.append((_copied(k[rows]), _copied(v[rows])))
         if prune and index == last:
-            read = torch.from_numpy(batch.read).to(x.device)
-            args = (x[read], _at(tables, read), k, v, batch.forest)
+            own = torch.from_numpy(batch.read).to(x.device)
+            args = (x[own], _at(tables, own), k, v, batch.forest)
             x = _attend_and_mix(ops, layer, config, *args, batch.read)
         elif len(windows) == 1:
             x = _attend_and_mix(ops, layer, config, x, tables, k, v, batch.forest)
@@ -92,8 +92,8 @@ def text_forward(
         if index < len(deepstack):
             ops.add_rows(x, batch.visual_index, deepstack[index])
         yield
-    rows = None if prune else torch.from_numpy(batch.read).to(x.device)
-    return TextOutput(hidden=x, read=rows, kept=tuple(tuple(layers) for layers in kept))
+    read = None if prune else torch.from_numpy(batch.read).to(x.device)
+    return TextOutput(hidden=x, read=read, kept=tuple(tuple(layers) for layers in kept))
 
 
 def _at(tables: tuple[Tensor, Tensor], rows: slice | Tensor) -> tuple[Tensor, Tensor]:
