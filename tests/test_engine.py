@@ -266,6 +266,23 @@ def test_prepared_pixels_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyP
     assert len(prepared) == 20
 
 
+def test_cancelled_pictures_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvlfast.engine._MAX_WAITING_PATCHES", 100)
+    engine = make_engine()
+    first = hold(engine)
+    waiting = [engine.submit(lambda: prompt(*range(16), patches=64)) for _ in range(2)]
+    until(lambda: engine.metrics().waiting == 2)
+    prepared = threading.Event()
+    engine.submit(lambda: (prepared.set(), prompt(2))[1])
+    assert not prepared.wait(0.1)
+    for future in waiting:
+        assert future.cancel()
+    assert prepared.wait(10)
+    engine.model.gate.set()
+    engine.close()
+    assert first.result(0).value[0] == 1
+
+
 def test_close_answers_what_was_accepted() -> None:
     engine = make_engine(Budget(), host_threads=1)
     futures = [engine.submit(lambda i=i: prompt(i)) for i in range(30)]
