@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from benchmarks.checkpoints import write_checkpoint
-from benchmarks.cpu import commit, machine
+from benchmarks.records import commit, machine
 from qvlfast import _C, Embedder, Reranker
 from qvlfast.engine import Engine
 from qvlfast.model import Model

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import emoji_data, quality
 from benchmarks.emoji_data import Wording, read_evaluation, split_wordings
-from qvlfast import Embedder
-from qvlfast.gallery import EMBEDDER, SPRITE_SIZE, Emoji, featured, load_gallery
+from qvlfast import Embedder, Reranker
+from qvlfast.gallery import EMBEDDER, RERANKER, SPRITE_SIZE, Emoji, featured, load_gallery
 from tests.reference import load_reference, reference_vectors
 
 # Words that name one thing only, in languages of different scripts.
@@ -25,7 +25,7 @@ EASY = {
     "غيتار": "🎸",
     "snowman": "⛄",
 }
-MODELS = [EMBEDDER]
+MODELS = [EMBEDDER, RERANKER]
 MOST_PARAMETERS = 4_000_000
 MOST_BYTES = 15_000_000
 
