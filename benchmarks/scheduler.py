@@ -215,7 +215,7 @@ def interactive(
 
     def bulk() -> None:
         for _ in on.embedder.encode_iter(
-            endless, batch_tokens=2048, priority="bulk", vision_cache=False
+            endless, batch_tokens=768, priority="bulk", vision_cache=False
         ):
             if ended.is_set():
                 return
@@ -228,7 +228,7 @@ def interactive(
     thread = threading.Thread(target=bulk)
     thread.start()
     time.sleep(2 * sum(alone))
-    bulk_alone = rate(lambda: time.sleep(max(5.0, float(gaps.sum()) / 2)))
+    bulk_alone = rate(lambda: time.sleep(max(5.0, float(gaps.sum()))))
     beside: list[float] = []
     both = rate(lambda: beside.append(trace()))
     ended.set()

@@ -241,6 +241,7 @@ def test_the_reference_backend_agrees(tiny_checkpoint: Path, expected: np.ndarra
         assert embedder.metrics().prefix_cache.hits and embedder.metrics().vision_cache.hits
 
 
+@pytest.mark.slow
 def test_the_triton_backend_agrees(tiny_checkpoint: Path) -> None:
     """With resident segments and in small pieces, in Triton's interpreter."""
     items = ["a text", "a text that", {"image": picture(32, 32)}]
