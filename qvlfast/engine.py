@@ -222,6 +222,9 @@ class Engine:
                 self._wake.wait_for(lambda: len(self._scheduler) or self._done())
                 if not len(self._scheduler):
                     return
+                start = time.monotonic()
+                while (left := start + self._scheduler.lull() - time.monotonic()) > 0:
+                    self._wake.wait(left)
             self._step()
 
     def _done(self) -> bool:

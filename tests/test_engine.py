@@ -99,6 +99,22 @@ def test_an_error_in_preparation_is_that_requests(engine: Engine) -> None:
     assert engine.metrics().errors == {"unreadable": 1} and engine.metrics().preparing == 0
 
 
+def test_an_idle_engine_waits_for_what_is_being_prepared(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    scheduler = engine._scheduler
+    monkeypatch.setattr(scheduler, "lull", lambda: 10.0 if scheduler.preparing else 0.0)
+    gated = engine.submit(lambda: (gate.wait(10), prompt(1))[1])
+    others = [engine.submit(lambda: prompt(2)) for _ in range(3)]
+    until(lambda: engine.metrics().waiting == 3)
+    assert not engine.model.begun
+    gate.set()
+    for future in (gated, *others):
+        future.result(10)
+    assert list(map(len, engine.model.begun)) == [4]
+
+
 def test_budget_and_per_call_budget(engine: Engine) -> None:
     def run(batch_tokens):
         hold(engine)
