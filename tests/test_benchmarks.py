@@ -30,6 +30,19 @@ def test_demo() -> None:
 
 
 @pytest.mark.slow
+def test_sharing_on_and_off(tmp_path: Path) -> None:
+    out = tmp_path / "scheduler.csv"
+    command = ["benchmarks.scheduler", "--shape", "tiny", "--dtype", "float32", "--seconds", "0.1"]
+    command += ["--side", "128", "--requests", "10", "--out", str(out)]
+    for case in ("rerank", "interactive"):
+        run(*command, "--only", case)
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) == 5
+    for row in rows[:2]:
+        assert int(row["tokens_on"]) < int(row["tokens_off"]) and float(row["ratio"]) > 0
+
+
+@pytest.mark.slow
 def test_whole_calls_against_transformers(tmp_path: Path) -> None:
     out = tmp_path / "cpu.csv"
     command = ["benchmarks.cpu", "--shape", "tiny", "--dtype", "float32", "--rounds", "1"]
