@@ -29,6 +29,7 @@ from .training import (
 
 MATRYOSHKA = {192: 1.0, 128: 0.5, 64: 0.5, 32: 0.5}
 PICTURES, TEXTS_EACH = 160, 2  # of a step
+TIGHTENING, TIGHT_STEPS, TIGHT = "tightening", 160, 10.0  # the last is the inverse temperature
 
 
 def contrast(
@@ -110,21 +111,32 @@ def train_embedder(team: Team, out: Path, steps: int, peak: float, resume: bool)
     emoji = list_emoji()
     splits = split_wordings(read_wordings(emoji))
     run = Run(out, "training", steps, peak)
+    tightening = Run(out, TIGHTENING, TIGHT_STEPS, peak)
     if not resume and team.leads:
         out.mkdir(parents=True, exist_ok=True)
         head_start.forget(out)
         run.forget()
+        tightening.forget()
         small.write_frame(out, small.train_tokenizer(w.text for w in splits.train))
     team.wait()
     setting = make_setting(team, out, small.make_model(out, SEED), emoji, splits)
     scale = torch.nn.Parameter(torch.tensor(math.log(head_start.SCALE)))
     anchors = torch.nn.Parameter(head_start.make_head_start(out, setting, len(emoji)))
-    train(
-        team,
-        run,
-        setting.model,
-        {"anchors": anchors, "scale": scale},
-        lambda step: embedder_step(setting, anchors, scale, step),
-        lambda: report_embedder(setting, embed_gallery(setting, SEED + 1)),
-        lambda: small.save_weights(setting.model, out),
-    )
+    tight = torch.tensor(math.log(TIGHT))
+
+    def report() -> dict[str, float]:
+        return report_embedder(setting, embed_gallery(setting, SEED + 1))
+
+    def save() -> None:
+        small.save_weights(setting.model, out)
+
+    def loss(step: int) -> Tensor:
+        return embedder_step(setting, anchors, scale, step)
+
+    def tight_loss(step: int) -> Tensor:
+        return embedder_step(setting, anchors, tight, steps + step)
+
+    train(team, run, setting.model, {"anchors": anchors, "scale": scale}, loss, report, save)
+    # Texts and pictures that are nearer to their anchor than to others may still be far from one
+    # another; a high temperature asks for more than that.
+    train(team, tightening, setting.model, {"anchors": anchors}, tight_loss, report, save)
