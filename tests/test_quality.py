@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import emoji_data, quality
 from benchmarks.emoji_data import Wording, read_evaluation, split_wordings
-from qvlfast import Embedder
+from qvlfast import Embedder, Reranker
 from qvlfast.gallery import EMBEDDER, RERANKER, SPRITE_SIZE, Emoji, featured, load_gallery
 from tests.reference import load_reference, reference_scores, reference_vectors
 

@@ -1,7 +1,7 @@
 """Search emoji pictures by words, in several languages.
 
-Everything is in the package: a small trained embedder, a reranker, and the pictures. Each WORDS is a
-query of its own; without any, built-in queries and one picture are asked. What the embedder finds
+Everything is in the package: a small trained embedder, a reranker, and the pictures. Each WORDS is
+a query of its own; without any, built-in queries and one picture are asked. What the embedder finds
 for words is reranked. The table shows the best of each query, and a contact sheet is drawn.
 """
 
