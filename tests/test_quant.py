@@ -12,17 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qvlfast import CheckpointError, Embedder, Quantization, Reranker
+from qvlfast.backends.native import NativeOps
 from qvlfast.checkpoint import Checkpoint
 from qvlfast.cli import main
 from qvlfast.ops import Ops, QuantisedRows
 from qvlfast.ops.rows import quantise_rows
 from qvlfast.quant import FORMATS, Int4Weight, Int8Weight, quantise
-from qvlfast.quant.stored import (
-    QuantizationWarning,
-    from_group_scales,
-    pack_words,
-    unpack_words,
-)
+from qvlfast.quant.stored import QuantizationWarning, from_group_scales, store_tensors
+from qvlfast.quant.weights import quantise_int4, unpack_nibbles
 from tests.samples import picture
 
 
@@ -148,18 +145,34 @@ def test_parts_bias_activation_and_residual_come_in_order() -> None:
     torch.testing.assert_close(gated, torch.nn.functional.silu(x @ a.T) * (x @ a.T * 2))
 
 
-def test_words_of_eight_values() -> None:
-    values = torch.randint(-8, 8, (5, 64), dtype=torch.int8)
-    words = pack_words(values)
+def test_parts_of_which_some_are_quantised() -> None:
+    x = draw(5, 64)
+    a, b = draw(24, 64, seed=1) / 8, quantise(draw(16, 64, seed=2) / 8, "int8")
+    exact = x @ torch.cat([a, b.dequantise()]).T
+    # Rows of x are rounded for the quantised part in the reference.
+    for ops, tolerance in ((Ops, 0.05), (NativeOps, 1e-4)):
+        got = ops.linear(x, ops.prepare([a, b]))
+        torch.testing.assert_close(got, exact, atol=tolerance, rtol=0)
+
+
+def test_words_hold_eight_values_the_first_in_the_lowest_bits() -> None:
+    weight = quantise_int4(draw(5, 64), 64)
+    words = store_tensors("a.weight", weight)["a.weight_packed"]
     assert words.shape == (5, 8) and words.dtype == torch.int32
-    assert torch.equal(unpack_words(words), values)
+    for i in range(8):
+        nibbles = (words.long() >> (4 * i)) & 15
+        assert torch.equal(nibbles.to(torch.int8) - 8, weight.values()[:, i::8])
+    again = from_group_scales(weight.packed, weight.multiplier * weight.scale[:, None])
+    assert isinstance(again, Int4Weight)
+    assert torch.equal(again.dequantise(), weight.dequantise())
 
 
 def test_scales_of_other_makers_become_int8_with_a_warning() -> None:
-    values = torch.randint(-8, 8, (6, 128), dtype=torch.int8)
+    packed = torch.randint(0, 256, (6, 64), dtype=torch.uint8)
+    values = unpack_nibbles(packed)
     scales = torch.rand(6, 2) + 0.1
     with pytest.warns(QuantizationWarning, match="kept as int8"):
-        weight = from_group_scales(values, scales)
+        weight = from_group_scales(packed, scales)
     assert isinstance(weight, Int8Weight)
     truth = values.float() * scales.repeat_interleave(64, dim=1)
     assert ((weight.dequantise() - truth).abs() <= weight.scale[:, None] * 0.5001).all()

@@ -18,7 +18,7 @@ from torch.utils import dlpack
 from .. import _C
 from ..ops import Forest, Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
 from ..ops.patch_embed import resample_positions
-from ..quant import Fp8Weight, Int4Weight, Int8Weight
+from ..quant import Int4Weight, Int8Weight
 from ..quant.weights import quantise
 
 view = dlpack.to_dlpack  # type: ignore[attr-defined]  # public, and missing from its __all__
@@ -38,14 +38,15 @@ def _prepare(
     gated: bool = False,
 ) -> Linear:
     bias = None if bias is None else bias.float().contiguous()
-    wide: list[Weight] = [
-        part.dequantise().bfloat16() if isinstance(part, Fp8Weight) else part for part in parts
-    ]
+    wide = list(parts)
     if form is not None:
         wide = [quantise(part, form, group) if isinstance(part, Tensor) else part for part in wide]
     tensors = [part for part in wide if isinstance(part, Tensor)]
     fours = [part for part in wide if isinstance(part, Int4Weight)]
     if tensors:
+        # A file may hold some of the parts quantised: one layout serves all of them.
+        dtype = tensors[0].dtype
+        tensors = [w if isinstance(w, Tensor) else w.dequantise().to(dtype) for w in wide]
         packed = _C.pack_floats([view(t) for t in tensors], _STORED[tensors[0].dtype], gated)
         return Linear(packed, bias)
     if len(fours) == len(wide) and len({four.group for four in fours}) == 1:
@@ -172,6 +173,7 @@ class NativeOps(Ops):
     """The table with the ops that cost anything in C++."""
 
     name = "native"
+    keeps = frozenset({"int8", "int4"})
 
     prepare = staticmethod(_prepare)
     linear = staticmethod(_linear)

@@ -35,8 +35,8 @@ from .weights import (
     Int4Weight,
     Int8Weight,
     QuantisedWeight,
-    pack_nibbles,
     quantise_int8,
+    unpack_nibbles,
 )
 
 _LINEAR = re.compile(r"(_proj|\.qkv|\.proj|linear_fc\d)\.weight$")
@@ -159,7 +159,8 @@ def load_stored(
         return Int8Weight(checkpoint.tensor(name), scale.flatten())
     if stored.kind == "fp8":
         return Fp8Weight(checkpoint.tensor(name), scale.flatten())
-    return from_group_scales(unpack_words(checkpoint.tensor(f"{stem}.weight_packed")), scale)
+    packed = checkpoint.tensor(f"{stem}.weight_packed").contiguous().view(torch.uint8)
+    return from_group_scales(packed, scale)
 
 
 def warn_of_widening(
@@ -200,52 +201,55 @@ def published_name(name: str) -> str:
     return name.removeprefix("model.").removesuffix(".weight")
 
 
-def from_group_scales(values: Tensor, scales: Tensor) -> Int4Weight | Int8Weight:
+def from_group_scales(packed: Tensor, scales: Tensor) -> Int4Weight | Int8Weight:
     """The two-level form of 4-bit values with a free scale for each group.
 
     Where the scales of a channel are no small multiples of one number, as in files of other
     makers, the weight becomes int8, whose rounding is far below that of the 4 bits.
 
     Args:
-        values: ``[N, K]`` int8 in −8 … 7.
+        packed: ``[N, K / 2]`` uint8, as in :class:`Int4Weight`, but of −8 … 7.
         scales: ``[N, G]`` float32.
     """
-    n, k = values.shape
-    group = k // scales.shape[1]
-    # Which multiplier has the channel's largest scale? Try all at once: [N, 18, G]; the least
-    # that makes all of them whole has the shortest unit, which is exact.
-    tops = torch.arange(1, MULTIPLIER_MOST + 1, dtype=torch.float32)
-    unit = scales.amax(dim=1, keepdim=True) / tops
-    multiples = scales[:, None] / unit[:, :, None]
-    off = (multiples - multiples.round()).abs().amax(dim=2)
-    off = off.where(multiples.amin(dim=2) > 0.5, torch.inf)
-    best = (off < 1e-3).int().argmax(dim=1)
-    exact = bool((off.amin(dim=1) < 1e-3).all()) and int(values.min()) >= -7 and group in GROUPS
-    if exact:
-        rows = torch.arange(n)
-        multiplier = multiples[rows, best].round().to(torch.uint8)
-        scale = unit[rows, best].contiguous()
-        return Int4Weight(pack_nibbles(values), multiplier, scale, group)
+    group = 2 * packed.shape[1] // scales.shape[1]
+    tops = _multiplier_of_largest(scales)
+    has_least = ((packed & 15) == 0).any() or (packed < 16).any()  # −8
+    if group in GROUPS and bool(tops.all()) and not bool(has_least):
+        unit = scales.amax(dim=1) / tops
+        multiplier = (scales / unit[:, None]).round().to(torch.uint8)
+        return Int4Weight(packed, multiplier, unit, group)
     warnings.warn(
         "4-bit weights whose scales are not those of `qvlfast quantize` are kept as int8, in twice "
         "the memory: quantise the original checkpoint to avoid that",
         QuantizationWarning,
         stacklevel=2,
     )
-    return quantise_int8(values.float() * scales.repeat_interleave(group, dim=1))
+    return quantise_int8(unpack_nibbles(packed).float() * scales.repeat_interleave(group, dim=1))
 
 
-def unpack_words(words: Tensor) -> Tensor:
-    """``[N, K / 8]`` int32 → ``[N, K]`` int8 in −8 … 7; the first value is in the lowest bits."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & 15).flatten(1).to(torch.int8) - 8
+def _multiplier_of_largest(scales: Tensor) -> Tensor:
+    """The least multiplier of each channel's largest scale that makes all of its others whole.
 
+    Args:
+        scales: ``[N, G]`` float32.
 
-def pack_words(values: Tensor) -> Tensor:
-    """The reverse of :func:`unpack_words`."""
-    nibbles = (values.to(torch.int64) + 8).view(len(values), -1, 8)
-    words = (nibbles << torch.arange(0, 32, 4)).sum(dim=2)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    Returns:
+        ``[N]`` float32, 0 where there is none.
+    """
+    largest = scales.amax(dim=1)
+
+    def whole(rows: Tensor, few: int, top: int) -> Tensor:
+        multiples = scales[rows, :few] * (top / largest[rows])[:, None]
+        off = (multiples - multiples.round()).abs().amax(dim=1)
+        return (off < 1e-3) & (multiples.amin(dim=1) > 0.5)
+
+    found = torch.zeros(len(scales))
+    for top in range(1, MULTIPLIER_MOST + 1):
+        # Most of the wrong ones show in a few groups.
+        rows = (found == 0).nonzero()[:, 0]
+        rows = rows[whole(rows, 8, top)]
+        found[rows[whole(rows, scales.shape[1], top)]] = top
+    return found
 
 
 def store_tensors(name: str, weight: QuantisedWeight) -> dict[str, Tensor]:
@@ -257,7 +261,7 @@ def store_tensors(name: str, weight: QuantisedWeight) -> dict[str, Tensor]:
     stem = name.removesuffix(".weight")
     if isinstance(weight, Int4Weight):
         return {
-            f"{stem}.weight_packed": pack_words(weight.values()),
+            f"{stem}.weight_packed": weight.packed.view(torch.int32),
             f"{stem}.weight_scale": weight.multiplier * weight.scale[:, None],
             f"{stem}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
         }

@@ -78,8 +78,7 @@ class Int4Weight:
 
     def values(self) -> Tensor:
         """``[N, K]`` int8 in −7 … 7."""
-        low, high = self.packed & 15, self.packed >> 4
-        return torch.stack((low, high), dim=2).flatten(1).to(torch.int8) - 8
+        return unpack_nibbles(self.packed)
 
     def widen(self) -> Int8Weight:
         """The same weight, exactly, as int8."""
@@ -191,10 +190,10 @@ def quantise_int4(weight: Tensor, group: int = 64) -> Int4Weight:
     return Int4Weight(packed, multiplier, scale, group).to(weight.device)
 
 
-def pack_nibbles(values: Tensor) -> Tensor:
-    """``[N, K]`` of −7 … 7 as :attr:`Int4Weight.packed`."""
-    nibbles = (values + 8).to(torch.uint8)
-    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """:attr:`Int4Weight.packed` as ``[N, K]`` int8."""
+    low, high = packed & 15, packed >> 4
+    return torch.stack((low, high), dim=2).flatten(1).to(torch.int8) - 8
 
 
 def quantise(weight: Tensor, form: str, group: int = 64) -> QuantisedWeight:
