@@ -10,14 +10,13 @@ called "again". ``interactive`` and ``queue`` measure the scheduler alone, see t
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ import torch
 from PIL import Image
 
 from benchmarks.checkpoints import write_checkpoint
-from benchmarks.cpu import commit, machine
 from qvlfast import _C, Embedder, Reranker
 from qvlfast.engine import Engine
 from qvlfast.model import Model
@@ -35,7 +33,8 @@ from qvlfast.runner import Runner, Sharing
 from qvlfast.runtime import Runtime
 from qvlfast.scheduler import Budget, Cost, Rates, Scheduler
 
-RESULTS = Path(__file__).parent / "results" / "scheduler.csv"
+from .records import RESULTS, append, commit, machine
+
 ON, OFF = Sharing(True, 512 << 20, 256 << 20), Sharing(False, 0, 0)
 WORDS = ["river", "stone", "light", "green", "cloud", "paper", "house", "road", "field", "glass"]
 
@@ -216,7 +215,7 @@ def interactive(
 
     def bulk() -> None:
         for _ in on.embedder.encode_iter(
-            endless, batch_tokens=2048, priority="bulk", vision_cache=False
+            endless, batch_tokens=768, priority="bulk", vision_cache=False
         ):
             if ended.is_set():
                 return
@@ -229,7 +228,7 @@ def interactive(
     thread = threading.Thread(target=bulk)
     thread.start()
     time.sleep(2 * sum(alone))
-    bulk_alone = rate(lambda: time.sleep(max(5.0, float(gaps.sum()) / 2)))
+    bulk_alone = rate(lambda: time.sleep(max(5.0, float(gaps.sum()))))
     beside: list[float] = []
     both = rate(lambda: beside.append(trace()))
     ended.set()
@@ -239,9 +238,8 @@ def interactive(
     yield "bulk job beside interactive", "tokens/s", both - own, 0.6 * bulk_alone
 
 
-def run(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Every case that was asked for."""
-    rows: list[Row] = []
+def run(options: argparse.Namespace, folder: Path) -> None:
+    """Every case that was asked for; each is written as soon as it is there."""
 
     def add(case: str, unit: str, on: float, off: float, **more: Any) -> None:
         values = {"ratio": off / on, "tokens_on": 0, "tokens_off": 0, "rounds": 1, **more}
@@ -260,7 +258,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[Row]:
             commit=commit(),
             **values,
         )
-        rows.append(row)
+        append([row], options.out)
         print(f"{case}: {row.on} {unit}, without {row.off}: {row.ratio} x", flush=True)
 
     if options.only in "queue":
@@ -291,21 +289,10 @@ def run(options: argparse.Namespace, folder: Path) -> list[Row]:
         if options.only in "interactive":
             for case in interactive(loaded, on, options.requests):
                 add(*case)
-    return rows
-
-
-def append(rows: Sequence[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="2b", help="random weights of this shape")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
@@ -314,13 +301,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=30, help="of rounds for a case")
     parser.add_argument("--requests", type=int, default=150, help="of the interactive trace")
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "scheduler.csv")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(_C.num_threads())
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model
         if folder is None:
             folder = write_checkpoint(Path(scratch) / "model", options.shape, dtype="bfloat16")
-        append(run(options, folder), options.out)
+        run(options, folder)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ struct Kernels {
   // Brings a row of floats or of int8 into that form, with zeros up to `padded`.
   void (*prepare_row)(const void* row, DType dtype, int64_t k, int64_t padded, Format format,
                       void* out);
+  // Rows of a block that keep the registers, or the tiles, full.
+  int64_t block_rows;
   // Sums over all of K. Each sum is taken in the same order, whatever the block.
   void (*block)(const BlockArgs& args);
   // Columns [0, count) of sums c [rows][c_stride] to the result.

@@ -237,6 +237,7 @@ const Kernels& amx_kernels() {
     Kernels made = avx512_kernels();
     made.x_bytes = amx::x_bytes;
     made.prepare_row = amx::prepare_row;
+    made.block_rows = 4 * amx::kTileRows;  // tile_32x32 twice
     made.block = amx::block;
     made.attention_dtype = amx::attention_dtype;
     made.attend = amx::attend;

@@ -94,10 +94,10 @@ void attend(const AttentionArgs& args, const KeyBlock& block, const int64_t* vis
 
 const Kernels& avx512_kernels() {
   using namespace avx512;
-  static const Kernels table{x_bytes,      prepare_row,       block,     finish,
-                             quantise_row, quantise_int4_row, widen,     narrow,
-                             rms_norm_row, layer_norm_row,    rope_head, attention_dtype,
-                             attend,       attend_end};
+  static const Kernels table{x_bytes,         prepare_row,  kBlockRows,        block,
+                             finish,          quantise_row, quantise_int4_row, widen,
+                             narrow,          rms_norm_row, layer_norm_row,    rope_head,
+                             attention_dtype, attend,       attend_end};
   return table;
 }
 

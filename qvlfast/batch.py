@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -19,6 +19,20 @@ from .sharing import Keys, Numbers
 
 
 @dataclass(frozen=True)
+class Window:
+    """A stretch of a batch's tokens, or of its patches, that is worked at once.
+
+    Attributes:
+        rows: where they are in the batch.
+        forest: the forest in which only these ask, see :meth:`qvlfast.ops.Forest.window`; for
+            patches that of its frames alone.
+    """
+
+    rows: slice
+    forest: Forest
+
+
+@dataclass(frozen=True)
 class VisionBatch:
     """The pictures and videos of a batch: all stills, then all videos.
 
@@ -28,6 +42,7 @@ class VisionBatch:
         grids: (t, h, w) in patches of each picture and video, in that order.
         positions: ``[2, N₁ + N₂]`` int64, row and column of each patch.
         forest: one segment a frame (pair): attention never crosses it.
+        windows: the patches in stretches of whole frames; empty: all at once.
     """
 
     stills: Tensor
@@ -35,19 +50,7 @@ class VisionBatch:
     grids: tuple[tuple[int, int, int], ...]
     positions: Tensor
     forest: Forest
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of a batch's tokens that is worked at once.
-
-    Attributes:
-        rows: where its tokens are in the batch.
-        forest: the forest in which only these ask, see :meth:`qvlfast.ops.Forest.window`.
-    """
-
-    rows: slice
-    forest: Forest
+    windows: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class Batch:
     visual_rows: Tensor
     windows: tuple[Window, ...] = ()
 
+    @cached_property
+    def read_rows(self) -> Tensor:
+        """``read`` on the device of the batch; put there once, which graphs count on."""
+        return torch.from_numpy(self.read).to(self.ids.device)
+
 
 @dataclass(frozen=True)
 class PieceLimits:
@@ -83,10 +91,12 @@ class PieceLimits:
     Attributes:
         rows: tokens.
         pairs: queries times the keys that each sees.
+        patches: of pictures; a frame is never cut.
     """
 
     rows: int
     pairs: int
+    patches: int
 
 
 def cut_windows(forest: Forest, limits: PieceLimits) -> tuple[Window, ...]:
@@ -106,6 +116,18 @@ def cut_windows(forest: Forest, limits: PieceLimits) -> tuple[Window, ...]:
     return tuple(windows)
 
 
+def group_frames(frames: Sequence[int], most: int) -> tuple[Window, ...]:
+    """Windows of whole frames of so many patches, where possible; empty if one would do."""
+    windows, start, group = [], 0, [frames[0]]
+    for frame in [*frames[1:], most + 1]:
+        if sum(group) + frame > most:
+            stop = start + sum(group)
+            windows.append(Window(slice(start, stop), Forest.plain(group)))
+            start, group = stop, []
+        group.append(frame)
+    return tuple(windows) if len(windows) > 1 else ()
+
+
 @lru_cache(maxsize=256)
 def _patch_positions(height: int, width: int, merge: int) -> NDArray[np.int64]:
     """Row and column of each patch of a frame, ``[2, height · width]``, in merge order."""
@@ -114,21 +136,29 @@ def _patch_positions(height: int, width: int, merge: int) -> NDArray[np.int64]:
     return np.ascontiguousarray(grid.swapaxes(2, 3)).reshape(2, -1)
 
 
-def pack_vision(media: Sequence[Patches], merge: int, device: torch.device) -> VisionBatch:
-    """Pack pictures and videos; all stills must come before all videos."""
+def pack_vision(
+    media: Sequence[Patches], merge: int, device: torch.device, most: int | None = None
+) -> VisionBatch:
+    """Pack pictures and videos; all stills must come before all videos.
+
+    Args:
+        most: patches that the tower works in one piece, where frames allow it.
+    """
 
     def concatenated(video: bool) -> Tensor:
         rows = [m.pixels for m in media if m.is_video == video]
         packed = np.concatenate(rows) if rows else np.empty((0, 0), dtype=np.uint8)
         return torch.from_numpy(packed).to(device)
 
+    frames = [h * w for t, h, w in (m.grid for m in media) for _ in range(t)]
     positions = [np.tile(_patch_positions(h, w, merge), t) for t, h, w in (m.grid for m in media)]
     return VisionBatch(
         stills=concatenated(video=False),
         videos=concatenated(video=True),
         grids=tuple(m.grid for m in media),
         positions=torch.from_numpy(np.concatenate(positions, axis=1)).to(device),
-        forest=Forest.plain([h * w for t, h, w in (m.grid for m in media) for _ in range(t)]),
+        forest=Forest.plain(frames),
+        windows=group_frames(frames, most) if most else (),
     )
 
 
@@ -200,7 +230,11 @@ def pack(
         positions=torch.from_numpy(positions.astype(np.int64)).to(device),
         forest=forest,
         read=read.astype(np.int64),
-        vision=pack_vision(computed, merge, device) if computed else None,
+        vision=(
+            pack_vision(computed, merge, device, limits.patches if limits else None)
+            if computed
+            else None
+        ),
         visual_index=_indices(index, device),
         visual_rows=torch.from_numpy(visual_rows).to(device),
         windows=cut_windows(forest, limits) if limits else (),

@@ -46,7 +46,8 @@ def choose_ops(
     """The table of implementations for ``backend`` on ``device``.
 
     ``auto`` is ``native`` on a CPU, and the reference where that does not go: in float16, with
-    FP8 weights, and on a GPU, where no kernel has been timed yet.
+    FP8 weights, and on a GPU, where no kernel has been timed yet; with flash-attn there for plain
+    batches, if it is installed.
 
     Args:
         dtype: of the activations.
@@ -61,11 +62,25 @@ def choose_ops(
     refusal = _native_refusal(device, dtype, form)
     if backend == "native" and refusal:
         raise BackendError(f"backend 'native' {refusal}: use backend='reference'")
-    if backend == "reference" or refusal:
+    if backend == "reference":
         return Ops()
+    if refusal:
+        return _fast_reference(device)
     from .backends.native import NativeOps
 
     return NativeOps()
+
+
+def _fast_reference(device: torch.device) -> Ops:
+    """The reference, on a GPU with flash-attn where it is installed."""
+    ops = Ops()
+    if device.type == "cuda":
+        from .flash import flash_first, installed_version
+
+        if installed_version() is not None:
+            # An entry of this table alone.
+            ops.attention = flash_first(ops.attention)  # type: ignore[method-assign]
+    return ops
 
 
 def _native_refusal(device: torch.device, dtype: torch.dtype, form: str | None) -> str | None:

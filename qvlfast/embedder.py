@@ -216,7 +216,10 @@ class Embedder:
                 vision_cache=vision_cache,
             ),
         )
-        return self._finish(list(outcomes), form, single)
+        gathered = _Gathered(len(items), self.dimensions)
+        for outcome in outcomes:
+            gathered.add(outcome)
+        return self._finish(gathered, form, single)
 
     async def encode_async(
         self,
@@ -250,8 +253,11 @@ class Embedder:
                 vision_cache=vision_cache,
             ),
         )
+        gathered = _Gathered(len(items), self.dimensions)
         async with aclosing(outcomes):
-            return self._finish([outcome async for outcome in outcomes], form, single)
+            async for outcome in outcomes:
+                gathered.add(outcome)
+        return self._finish(gathered, form, single)
 
     def encode_iter(
         self,
@@ -349,19 +355,12 @@ class Embedder:
                 f"{self.dimensions} values"
             )
 
-    def _finish(self, outcomes: Sequence[Answer | Exception], form: _Form, single: bool) -> Any:
+    def _finish(self, gathered: _Gathered, form: _Form, single: bool) -> Any:
         """What :meth:`encode` returns or raises."""
-        rows = np.full((len(outcomes), self.dimensions), np.nan, dtype=np.float32)
-        usage: list[Usage | None] = [None] * len(outcomes)
-        errors: dict[int, Exception] = {}
-        for index, outcome in enumerate(outcomes):
-            if isinstance(outcome, Answer):
-                rows[index] = outcome.value
-                usage[index] = outcome.usage
-            else:
-                errors[index] = outcome
+        usage, errors = gathered.usage, gathered.errors
         warn_if_truncated(usage, stacklevel=4)
-        stored, scales = convert(cut(rows, form.dimensions, form.normalize), form.output)
+        rows = cut(gathered.rows, form.dimensions, form.normalize)
+        stored, scales = convert(rows, form.output)
         vectors: Any = stored[0] if single else stored
         if form.convert_to == "torch":
             vectors = torch.from_numpy(vectors)
@@ -384,6 +383,24 @@ class _Form:
     convert_to: Literal["numpy", "torch"]
     on_error: OnError
     details: bool
+
+
+class _Gathered:
+    """The outcomes of a call, in order: rows ``[N, D]`` that start as NaN, usage and errors."""
+
+    def __init__(self, count: int, width: int) -> None:
+        self.rows = np.full((count, width), np.nan, dtype=np.float32)
+        self.usage: list[Usage | None] = []
+        self.errors: dict[int, Exception] = {}
+
+    def add(self, outcome: Answer | Exception) -> None:
+        index = len(self.usage)
+        if isinstance(outcome, Answer):
+            self.rows[index] = outcome.value
+            self.usage.append(outcome.usage)
+        else:
+            self.errors[index] = outcome
+            self.usage.append(None)
 
 
 def _listed(inputs: Any) -> tuple[bool, list[Any]]:

@@ -222,6 +222,9 @@ class Engine:
                 self._wake.wait_for(lambda: len(self._scheduler) or self._done())
                 if not len(self._scheduler):
                     return
+                start = time.monotonic()
+                while (left := start + self._scheduler.lull() - time.monotonic()) > 0:
+                    self._wake.wait(left)
             self._step()
 
     def _done(self) -> bool:
@@ -258,7 +261,6 @@ class Engine:
             planned = self._scheduler.pop(now, above=above, most=most)
             expired = self._scheduler.expired(now)
             budget = self._scheduler.budget
-            host = self._host
             for job in planned.jobs if planned else ():
                 if job.future.set_running_or_notify_cancel():
                     running.append(job)
@@ -268,15 +270,22 @@ class Engine:
             self._fail(job, DeadlineError(_LATE))
         if planned is not None:
             self._runner.counters.add_batch(min(1.0, planned.tokens / budget.tokens))
-            if host is not None:
-                host.wake()
+        if planned is not None or expired:
+            self._made_room()
         return planned, running
+
+    def _made_room(self) -> None:
+        """Fewer pixels wait: host threads may go on."""
+        host = self._host
+        if host is not None:
+            host.wake()
 
     def _start_anew(self, error: BaseException) -> None:
         with self._lock:
             lost = [j for j in self._open if j.ticket is not None and not j.future.running()]
             self._scheduler = self._new_scheduler()
             self._scheduler.preparing = sum(job.counted for job in self._open)
+        self._made_room()
         for job in lost:
             self._fail(job, error)
 
@@ -357,6 +366,7 @@ class Engine:
             if self._settle(job):
                 self._runner.counters.add(cancelled=1)
                 job.future.set_running_or_notify_cancel()  # tells those who wait for it
+        self._made_room()
 
     def _settle(self, job: Job) -> bool:
         """Let go of a job; whether it was still open."""

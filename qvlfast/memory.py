@@ -9,7 +9,7 @@ the code, whatever is changed there. Not in it: what torch's allocator keeps for
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ from .weights import (
     VisionWeights,
 )
 
-_META = torch.device("meta")
+META = torch.device("meta")
 _PANEL = 16  # output channels that the CPU kernels store together, see csrc/pack.h
 
 Format = str
@@ -106,6 +106,8 @@ def linear_bytes(n: int, k: int, form: Format, setup: Setup) -> int:
         sums = 4 if form == "int8" else 0
     else:
         sums = 0
+        if setup.backend == "triton" and form == "int4":
+            k = -(-k // (2 * group)) * 2 * group
     if form == "int8":
         return n * k + n * (4 + sums)
     if form == "int4":
@@ -113,7 +115,8 @@ def linear_bytes(n: int, k: int, form: Format, setup: Setup) -> int:
     if form == "fp8":
         return n * k + n * 4
     if form == "fp8_blocks":
-        return n * k + 4 * -(-n // 128) * -(-k // 128)
+        # Triton's kernels have the scales of a block's rows one by one.
+        return n * k + 4 * -(-k // 128) * (n if setup.backend == "triton" else -(-n // 128))
     return n * k * size
 
 
@@ -127,12 +130,12 @@ def peak_activations(
         patches: of all pictures together; four or so make a token.
         longest: tokens of the longest prompt.
     """
-    small = _shortened(config)
-    model = Model(small, _weights(small, setup), _OPS[setup.backend]())
+    small = shortened(config)
+    model = Model(small, stand_in_weights(small, setup), _OPS[setup.backend]())
     merge = config.vision.spatial_merge_size
     prompts = _prompts(config, tokens, patches, longest)
     with _Counter() as counter:
-        batch = pack(prompts, merge, _META).batch
+        batch = pack(prompts, merge, META).batch
         answer = model.forward(batch)
         del answer, batch
     return counter.peak + _scratch(config, setup, tokens, patches)
@@ -171,7 +174,7 @@ def _scratch(config: ModelConfig, setup: Setup, tokens: int, patches: int) -> in
     return max(own, 2 * 4 * vision.num_heads * width * patches)
 
 
-def _shortened(config: ModelConfig) -> ModelConfig:
+def shortened(config: ModelConfig) -> ModelConfig:
     """The same peak from fewer layers: all of one kind need the same."""
     levels = len(config.vision.deepstack_layers)
     vision = replace(config.vision, depth=levels + 1, deepstack_layers=tuple(range(levels)))
@@ -182,37 +185,70 @@ def _shortened(config: ModelConfig) -> ModelConfig:
 def _prompts(config: ModelConfig, tokens: int, patches: int, longest: int) -> list[Prompt]:
     """Made-up prompts that together have so many tokens and patches."""
     merge = config.vision.spatial_merge_size
-    media = []
     visual = patches // merge**2
     if visual:
         # As a video of one row of blocks: those have the larger pixels.
-        width = config.vision.in_channels * config.vision.patch_size**2
-        pixels = np.empty((visual * merge**2, width * config.vision.temporal_patch_size), np.uint8)
-        media = [Patches(pixels, (1, merge, visual * merge), visual, is_video=True)]
-    lengths = [max(tokens, visual, 1)]
-    while not visual and lengths[-1] > longest:
+        grid = (1, merge, visual * merge)
+        return [stand_in_prompt(config, tokens, grid, is_video=True)]
+    lengths = [max(tokens, 1)]
+    while lengths[-1] > longest:
         lengths[-1:] = [longest, lengths[-1] - longest]
-    return [
-        Prompt(
-            ids=np.zeros(length, np.int32),
-            positions=np.zeros((3, length), np.int32),
-            media=tuple(media),
-            visual_index=np.arange(visual, dtype=np.int32),
-        )
-        for length in lengths
-    ]
+    return [stand_in_prompt(config, length) for length in lengths]
 
 
-def _weights(config: ModelConfig, setup: Setup) -> ModelWeights:
-    """Weights without storage."""
+def stand_in_prompt(
+    config: ModelConfig,
+    tokens: int,
+    grid: tuple[int, int, int] = (0, 0, 0),
+    *,
+    is_video: bool = False,
+) -> Prompt:
+    """A made-up prompt of so many tokens, or as many as a picture or video of ``grid`` needs."""
+    vision = config.vision
+    patches = grid[0] * grid[1] * grid[2]
+    visual = patches // vision.spatial_merge_size**2
+    width = vision.in_channels * vision.patch_size**2
+    width *= vision.temporal_patch_size if is_video else 1
+    pixels = np.empty((patches, width), np.uint8)
+    length = max(tokens, visual)
+    return Prompt(
+        ids=np.zeros(length, np.int32),
+        positions=np.zeros((3, length), np.int32),
+        media=(Patches(pixels, grid, visual, is_video),) if visual else (),
+        visual_index=np.arange(visual, dtype=np.int32),
+    )
+
+
+def _as_they_are(
+    parts: Sequence[Weight], bias: Tensor | None, *, rows: RowFormat, gated: bool
+) -> Linear:
+    return Linear(tuple(parts), bias, rows)
+
+
+def stand_in_weights(
+    config: ModelConfig,
+    setup: Setup,
+    prepare: Callable[..., Linear] = _as_they_are,
+    *,
+    reranker: bool = False,
+) -> ModelWeights:
+    """Weights without storage.
+
+    Args:
+        prepare: makes a linear of parts and a bias, told ``gated`` and the ``rows`` it wants.
+    """
     text, vision = config.text, config.vision
 
     def new(*shape: int, dtype: torch.dtype = setup.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=_META)
+        return torch.empty(shape, dtype=dtype, device=META)
 
-    def linear(name: str, k: int, *sizes: int, bias: bool = False) -> Linear:
-        parts = tuple(_weight(n, k, setup.form(name), setup) for n in sizes)
-        return Linear(parts, new(sum(sizes)) if bias else None, setup.rows(name))
+    def linear(name: str, k: int, *sizes: int, bias: bool = False, gated: bool = False) -> Linear:
+        parts = [_weight(n, k, setup.form(name), setup) for n in sizes]
+        whole = new(sum(sizes)) if bias else None
+        return prepare(parts, whole, rows=setup.rows(name), gated=gated)
+
+    def patches(k: int) -> Linear:
+        return prepare([new(c, k)], new(c, dtype=torch.float32), rows="float", gated=False)
 
     def merger(name: str, merged: bool) -> Merger:
         size = vision.merged_size
@@ -245,16 +281,19 @@ def _weights(config: ModelConfig, setup: Setup) -> ModelWeights:
         o_proj=linear(f"{name}.self_attn.o_proj", q, h),
         post_norm=new(h),
         gate_up_proj=linear(
-            f"{name}.mlp.gate_proj", h, text.intermediate_size, text.intermediate_size
+            f"{name}.mlp.gate_proj",
+            h,
+            text.intermediate_size,
+            text.intermediate_size,
+            gated=True,
         ),
         down_proj=linear(f"{name}.mlp.down_proj", text.intermediate_size, h),
     )
     pixels = vision.in_channels * vision.patch_size**2
-    bias = new(c, dtype=torch.float32)
     return ModelWeights(
         vision=VisionWeights(
-            patch_still=Linear((new(c, pixels),), bias),
-            patch_video=Linear((new(c, pixels * vision.temporal_patch_size),), bias),
+            patch_still=patches(pixels),
+            patch_video=patches(pixels * vision.temporal_patch_size),
             positions=new(vision.num_positions, c),
             blocks=(block,) * vision.depth,
             merger=merger("visual.merger", False),
@@ -264,13 +303,13 @@ def _weights(config: ModelConfig, setup: Setup) -> ModelWeights:
             ),
         ),
         text=TextWeights(new(text.vocab_size, h), (layer,) * text.num_layers, new(h)),
-        answer_rows=None,
+        answer_rows=new(2, h, dtype=torch.float32) if reranker else None,
     )
 
 
 def _weight(n: int, k: int, form: Format, setup: Setup) -> Weight:
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=_META)
+        return torch.empty(shape, dtype=dtype, device=META)
 
     scale = new(n, dtype=torch.float32)
     if form == "int8":
@@ -362,7 +401,24 @@ class _Triton(_Fused):
     @staticmethod
     def linear(x: Rows, layer: Linear, **rest: Any) -> Tensor:
         # Rows that no norm has quantised are in a launch of their own.
-        return _Fused.linear(_rows(x, layer.rows) if isinstance(x, Tensor) else x, layer)
+        rows = _rows(x, layer.rows) if isinstance(x, Tensor) else x
+        wide = _Triton._widened(layer)
+        out = _Fused.linear(rows, layer)
+        del wide
+        return out
+
+    @staticmethod
+    def gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:
+        wide = _Triton._widened(layer)
+        out = _Fused.gated_linear(x, layer, rows=rows)
+        del wide
+        return out
+
+    @staticmethod
+    def _widened(layer: Linear) -> list[Tensor]:
+        """int4 as int8, which many rows are multiplied by."""
+        fours = [part for part in layer.weight if isinstance(part, Int4Weight)]
+        return [torch.empty(four.shape, dtype=torch.int8, device=META) for four in fours]
 
     @staticmethod
     def patch_embed(pixels: Tensor, layer: Linear, table: Tensor, grids: Any, merge: int) -> Tensor:

@@ -24,10 +24,10 @@ from .prompt import Prompt
 from .scheduler import Cost, Media, Rates
 from .sharing import Keys, Numbers
 
-# On a CPU the products are at full speed from a few hundred rows on, and a piece is what an
-# urgent request waits for; a GPU wants more at once.
-_CPU_PIECES = PieceLimits(rows=1024, pairs=1 << 24)
-_GPU_PIECES = PieceLimits(rows=1 << 14, pairs=1 << 28)
+# On a CPU the products are at full speed from a few hundred rows on (csrc/gemm.cpp takes 384 at a
+# time), and a piece is what an urgent request waits for; a GPU wants more at once.
+_CPU_PIECES = PieceLimits(rows=768, pairs=1 << 23, patches=4096)
+_GPU_PIECES = PieceLimits(rows=1 << 14, pairs=1 << 28, patches=1 << 16)
 
 T = TypeVar("T")
 

@@ -314,7 +314,10 @@ class _Bar(tqdm):
 
 
 async def _outcome_async(future: Pending) -> Answer | Exception:
-    await asyncio.wait([asyncio.wrap_future(future)])
+    waiting = asyncio.wrap_future(future)
+    await asyncio.wait([waiting])
+    if not waiting.cancelled():
+        waiting.exception()  # seen: otherwise asyncio logs that nobody did
     return _outcome(future)
 
 

@@ -31,6 +31,10 @@ _NOT_SHARED = 7
 # Batches without a memory fault after which a shrunken budget is doubled.
 _CLEAN = 64
 
+# For requests that are being prepared an idle engine waits as long as this part of the time that
+# those which are there will take, or up to so many seconds; and so long while no speed is known.
+_LULL, _LONGEST_LULL, _FIRST_LULL = 0.1, 0.05, 0.01
+
 Job = TypeVar("Job")
 
 
@@ -240,6 +244,16 @@ class Scheduler(Generic[Job]):
         """Seconds that the oldest waiting job has been waiting; 0 if there is none."""
         heads = (self._oldest(level) for level in range(len(LEVELS)))
         return max((now - ticket.arrival for ticket in heads if ticket is not None), default=0.0)
+
+    def lull(self) -> float:
+        """Seconds for which it is worth waiting for requests that are being prepared: those of one
+        call come one by one, and share more in one batch."""
+        full = self.waiting_work >= self.budget.tokens
+        if not self.preparing or full or self._oldest(0) is not None:
+            return 0.0
+        if not self._rate:
+            return _FIRST_LULL
+        return min(_LULL * self.waiting_work / self._rate, _LONGEST_LULL)
 
     def pop(
         self, now: float, *, above: int = len(LEVELS), most: float = math.inf

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvlfast import Embedder, Reranker
+from qvlfast.batch import PieceLimits
 from qvlfast.cache import PrefixCache, VisionCache
 from qvlfast.plan import Plan, plan_shared
 from qvlfast.sharing import Keys, Numbers
@@ -237,6 +238,21 @@ def test_the_reference_backend_agrees(tiny_checkpoint: Path, expected: np.ndarra
         for batch_tokens in (None, 1):
             got = embedder.encode(items, batch_tokens=batch_tokens)
             assert np.abs(got - expected).max() < TOLERANCE
+        assert embedder.metrics().prefix_cache.hits and embedder.metrics().vision_cache.hits
+
+
+@pytest.mark.slow
+def test_the_triton_backend_agrees(tiny_checkpoint: Path) -> None:
+    """With resident segments and in small pieces, in Triton's interpreter."""
+    items = ["a text", "a text that", {"image": picture(32, 32)}]
+    with (
+        Embedder.from_pretrained(tiny_checkpoint, device="cpu", backend="triton") as embedder,
+        Embedder.from_pretrained(tiny_checkpoint, share_prefixes=False) as plain,
+    ):
+        embedder._runtime.engine._runner._limits = PieceLimits(rows=12, pairs=300, patches=4)
+        for batch_tokens in (None, 1):
+            got = embedder.encode(items, batch_tokens=batch_tokens)
+            assert np.abs(got - plain.encode(items)).max() < TOLERANCE
         assert embedder.metrics().prefix_cache.hits and embedder.metrics().vision_cache.hits
 
 

@@ -4,6 +4,7 @@ Ctrl-C, and inputs that take long."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -32,7 +33,9 @@ def embedder(tiny_checkpoint: Path) -> Iterator[Embedder]:
 LONG = "many different words make " * 1500  # more tokens than queue_tokens
 
 
-def test_coroutines_get_what_calls_get(embedder: Embedder) -> None:
+def test_coroutines_get_what_calls_get(
+    embedder: Embedder, caplog: pytest.LogCaptureFixture
+) -> None:
     items: list[Any] = ["one", "two words", {"image": picture(64, 64)}, "x" * 50]
 
     async def together() -> list[Any]:
@@ -44,6 +47,8 @@ def test_coroutines_get_what_calls_get(embedder: Embedder) -> None:
         )
 
     some, one, failed, many = asyncio.run(together())
+    gc.collect()
+    assert not caplog.records  # of futures whose error nobody looked at
     assert np.array_equal(some, embedder.encode(items, dimensions=16))
     assert np.array_equal(one.numpy(), embedder.encode("one"))
     assert list(failed.errors) == [1] and np.isfinite(failed.vectors[0]).all()

@@ -38,7 +38,7 @@ __all__ = ["small_checkpoint"]
 
 def test_help() -> None:
     out, _ = qvlfast("--help")
-    names = ("embed", "rerank", "info", "verify", "demo")
+    names = ("embed", "rerank", "info", "warmup", "verify", "demo")
     assert all(f"\n    {name} " in out for name in names)
     for name in names:
         assert f"qvlfast {name}" in build_parser_help(name)

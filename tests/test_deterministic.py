@@ -4,6 +4,7 @@ in one piece or in many."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import pytest
 import torch
 
 from qvlfast import BackendError, Embedder, Reranker
-from qvlfast.batch import PieceLimits, cut_windows
+from qvlfast.batch import PieceLimits, cut_windows, group_frames
 from qvlfast.ops import Forest, Ops
 from tests.samples import frames, picture
 
 # Smaller than most of the inputs, so that layers are cut where lengths are odd.
-SMALL_PIECES = PieceLimits(rows=37, pairs=1500)
+SMALL_PIECES = PieceLimits(rows=37, pairs=1500, patches=30)
 
 
 def inputs() -> list[Any]:
@@ -53,7 +54,7 @@ def plain(folder: Path, options: dict[str, Any]) -> Iterator[np.ndarray]:
     """Vectors of every input on its own, with nothing shared or kept, in one piece."""
     off = {"share_prefixes": False, "vision_cache_bytes": 0}
     with Embedder.from_pretrained(folder, deterministic=True, **off, **options) as embedder:
-        embedder._runtime.engine._runner._limits = PieceLimits(1 << 30, 1 << 60)
+        embedder._runtime.engine._runner._limits = PieceLimits(1 << 30, 1 << 60, 1 << 30)
         yield embedder.encode(inputs(), batch_tokens=1)
 
 
@@ -116,7 +117,7 @@ def test_windows_of_any_forest_are_the_whole() -> None:
         )
         whole = Ops.attention(q, k, v, forest, causal=True, scale=0.3)
         seen = forest.visible()
-        limits = PieceLimits(int(rng.integers(1, 40)), int(rng.integers(1, 600)))
+        limits = PieceLimits(int(rng.integers(1, 40)), int(rng.integers(1, 600)), 1)
         windows = cut_windows(forest, limits)
         if not windows:
             assert total <= limits.rows and seen.sum() <= limits.pairs
@@ -133,3 +134,20 @@ def test_windows_of_any_forest_are_the_whole() -> None:
             part = Ops.attention(q[rows], k[:most], v[:most], own, causal=True, scale=0.3)
             torch.testing.assert_close(part, whole[rows], atol=1e-5, rtol=1e-5)
         assert covered == total
+
+
+@pytest.mark.parametrize(
+    ("frames_of", "most", "expected"),
+    [
+        ([4], 4, []),
+        ([4, 4], 8, []),
+        ([4, 4, 4], 8, [[4, 4], [4]]),
+        ([9, 1, 1, 9], 4, [[9], [1, 1], [9]]),
+        ([3, 3, 2, 8], 8, [[3, 3, 2], [8]]),
+    ],
+)
+def test_frames_in_groups(frames_of: list[int], most: int, expected: list[list[int]]) -> None:
+    windows = group_frames(frames_of, most)
+    assert [np.diff(w.forest.cu_q).tolist() for w in windows] == expected
+    ends = np.cumsum([0, *map(sum, expected)]).tolist()
+    assert [(w.rows.start, w.rows.stop) for w in windows] == list(pairwise(ends))

@@ -99,6 +99,22 @@ def test_an_error_in_preparation_is_that_requests(engine: Engine) -> None:
     assert engine.metrics().errors == {"unreadable": 1} and engine.metrics().preparing == 0
 
 
+def test_an_idle_engine_waits_for_what_is_being_prepared(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    scheduler = engine._scheduler
+    monkeypatch.setattr(scheduler, "lull", lambda: 10.0 if scheduler.preparing else 0.0)
+    gated = engine.submit(lambda: (gate.wait(10), prompt(1))[1])
+    others = [engine.submit(lambda: prompt(2)) for _ in range(3)]
+    until(lambda: engine.metrics().waiting == 3)
+    assert not engine.model.begun
+    gate.set()
+    for future in (gated, *others):
+        future.result(10)
+    assert list(map(len, engine.model.begun)) == [4]
+
+
 def test_budget_and_per_call_budget(engine: Engine) -> None:
     def run(batch_tokens):
         hold(engine)
@@ -264,6 +280,23 @@ def test_prepared_pixels_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyP
     for future in futures:
         future.result(10)
     assert len(prepared) == 20
+
+
+def test_cancelled_pictures_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvlfast.engine._MAX_WAITING_PATCHES", 100)
+    engine = make_engine()
+    first = hold(engine)
+    waiting = [engine.submit(lambda: prompt(*range(16), patches=64)) for _ in range(2)]
+    until(lambda: engine.metrics().waiting == 2)
+    prepared = threading.Event()
+    engine.submit(lambda: (prepared.set(), prompt(2))[1])
+    assert not prepared.wait(0.1)
+    for future in waiting:
+        assert future.cancel()
+    assert prepared.wait(10)
+    engine.model.gate.set()
+    engine.close()
+    assert first.result(0).value[0] == 1
 
 
 def test_close_answers_what_was_accepted() -> None:

@@ -249,6 +249,31 @@ def test_a_full_queue_says_when_to_come_back() -> None:
     scheduler.admit()
 
 
+def test_a_lull_is_short_beside_what_waits() -> None:
+    scheduler: Scheduler[int] = Scheduler(Budget(tokens=100))
+
+    def push(tokens: int, level: int = 1) -> None:
+        scheduler.admit()
+        scheduler.push(0, Cost(tokens), 0.0, level=level)
+
+    push(10)
+    assert scheduler.lull() == 0  # nothing is being prepared
+    scheduler.admit()
+    assert scheduler.lull() == 0.01  # no speed is known
+    batch = scheduler.pop(0.0)
+    assert batch is not None
+    scheduler.finished(batch, 0.0, 0.01)  # 1,000 a second
+    push(10)
+    assert scheduler.lull() == pytest.approx(0.001)
+    push(89)
+    assert scheduler.lull() == pytest.approx(0.0099)
+    push(1)
+    assert scheduler.lull() == 0  # a batch is full
+    scheduler.pop(0.0)
+    push(10, level=0)
+    assert scheduler.lull() == 0  # it is urgent
+
+
 def test_the_budget_shrinks_and_grows_again() -> None:
     scheduler: Scheduler[int] = Scheduler(Budget(tokens=8, patches=3, work=100))
     for _ in range(5):

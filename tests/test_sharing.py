@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qvlfast import Embedder, Reranker
 from qvlfast.batch import pack
+from qvlfast.scheduler import Budget, Cost, Scheduler
 from qvlfast.sharing import Keys, Tree, no_sharing, prefix_tree
 from tests.samples import frames, picture
 
@@ -62,6 +63,29 @@ def test_short_beginnings_are_not_worth_a_segment(keys: list[np.ndarray]) -> Non
     tree = tree_of(keys)
     for i, own in enumerate(keys):
         assert unfold(tree, keys, i).tolist() == own.tolist()
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(0, 1), min_size=1, max_size=12).map(lambda x: np.repeat(x, 3)),
+        max_size=14,
+    ),
+    st.integers(5, 80),
+)
+def test_no_batch_is_larger_than_the_scheduler_thinks(keys: list[np.ndarray], most: int) -> None:
+    """It compares hashes at a few lengths, and must not count on sharing that does not happen."""
+    scheduler: Scheduler[Keys] = Scheduler(Budget(tokens=most))
+    for own in map(Keys.of, keys):
+        scheduler.admit()
+        scheduler.push(own, Cost(len(own.tokens), (), own.prefixes()), 0.0)
+    found = 0
+    while (batch := scheduler.pop(0.0)) is not None:
+        tree = prefix_tree(batch.jobs)
+        computed = sum(s.stop - s.start for s in tree.segments)
+        assert computed <= batch.tokens
+        assert batch.tokens <= most or len(batch.jobs) == 1
+        found += len(batch.jobs)
+    assert found == len(keys)
 
 
 def test_equal_prompts_are_one() -> None:

@@ -153,7 +153,7 @@ def soak(clients: int, count: int, seed: int) -> Counter[str]:
 def test_soak() -> None:
     outcomes = soak(clients=4, count=300, seed=int(time.time()))
     gc.collect()
-    assert not [o for o in gc.get_objects() if isinstance(o, Job | Pending)]
+    assert not [o for o in gc.get_objects() if type(o) in (Job, Pending)]
     assert outcomes["late"] and outcomes["cancelled"]
 
 

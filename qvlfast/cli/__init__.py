@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import demo, embed, info, quantize, rerank, verify
+from . import demo, embed, info, quantize, rerank, verify, warmup
 from .options import HelpFormatter
 
 OK = 0
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (embed, rerank, info, quantize, verify, demo):
+    for module in (embed, rerank, info, quantize, warmup, verify, demo):
         name = module.__name__.rpartition(".")[2]
         first_line, _, rest = (module.__doc__ or "").partition("\n")
         command = commands.add_parser(

@@ -144,7 +144,7 @@ class Planner:
         Raises:
             BackendError: the backend does not run it.
         """
-        setup = self._setup(wish)
+        setup = self.setup(wish)
         return Plan(
             wish.dtype,
             setup.backend,
@@ -166,7 +166,7 @@ class Planner:
         """
         assert self.device.memory is not None
         room = self.device.memory - self.plan(wish).weights - self.device.fixed
-        setup = self._setup(wish)
+        setup = self.setup(wish)
         merged = self.config.vision.spatial_merge_size**2
 
         def peak(count: int) -> int:
@@ -177,15 +177,22 @@ class Planner:
 
         return largest_batch(peak, room)
 
-    def _setup(self, wish: Wish) -> Setup:
+    def setup(self, wish: Wish) -> Setup:
+        """Formats and backend of what is wished for.
+
+        Raises:
+            BackendError: the backend does not run it.
+        """
         dtype, plan = wish.torch_dtype, wish.quantization
-        # The table for a device that need not be here.
-        device = torch.device(self.device.kind)
-        ops = choose_ops(wish.backend, device, dtype, plan.format if plan else None)
-        stored = {published_name(name): value for name, value in self.stored.items()}
-        keeps = {"int8", "int4", "fp8", "fp8_blocks"} & set(ops.keeps)
-        if ops.name == "native" or (self.device.kind == "cuda" and not self.device.fp8):
+        # The table of a device that need not be here.
+        name, keeps = "triton", {"int8", "int4", "fp8", "fp8_blocks"}
+        if wish.backend != "triton":
+            device = torch.device(self.device.kind)
+            ops = choose_ops(wish.backend, device, dtype, plan.format if plan else None)
+            name, keeps = ops.name, keeps & set(ops.keeps)
+        if name == "native" or not self.device.fp8:
             keeps -= {"fp8", "fp8_blocks"}
+        stored = {published_name(full): value for full, value in self.stored.items()}
 
         def form(name: str) -> str:
             known: Stored | None = stored.get(name)
@@ -195,12 +202,7 @@ class Planner:
                 return "float"
             return plan.format if plan.format in keeps else "float"
 
-        def held(name: str) -> str:
-            # Triton's kernels multiply int4 as the int8 that it is exactly.
-            found = form(name)
-            return "int8" if (ops.name, found) == ("triton", "int4") else found
-
-        return Setup(dtype, ops.name, held, plan.group if plan else 64)
+        return Setup(dtype, name, form, plan.group if plan else 64)
 
     def _parts(self, setup: Setup) -> tuple[Part, ...]:
         loaded = weight_bytes(self.shapes, setup)

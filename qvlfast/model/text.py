@@ -76,7 +76,7 @@ def text_forward(
             rows = slice(first + span.start, first + span.stop)
             layers.append((_copied(k[rows]), _copied(v[rows])))
         if prune and index == last:
-            own = torch.from_numpy(batch.read).to(x.device)
+            own = batch.read_rows
             args = (x[own], _at(tables, own), k, v, batch.forest)
             x = _attend_and_mix(ops, layer, config, *args, batch.read)
         elif len(windows) == 1:
@@ -92,7 +92,7 @@ def text_forward(
         if index < len(deepstack):
             ops.add_rows(x, batch.visual_index, deepstack[index])
         yield
-    read = None if prune else torch.from_numpy(batch.read).to(x.device)
+    read = None if prune else batch.read_rows
     return TextOutput(hidden=x, read=read, kept=tuple(tuple(layers) for layers in kept))
 
 

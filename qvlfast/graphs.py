@@ -1,0 +1,166 @@
+"""CUDA graphs of short batches of text, where launching kernels takes longer than running them.
+
+A graph replays the same launches on the same memory, so a batch must have the shape of one that was
+captured. Attention is causal, so tokens after a prompt's end change nothing before it: every
+prompt is padded at its end to a common length, and the rows of the padding are thrown away. The
+boundaries of such a batch (``cu_seqlens``) are then the same for all batches of its bucket.
+
+Batches with pictures, with shared beginnings, or beyond the largest bucket run as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .batch import Batch
+from .ops import Forest
+
+_WARM = 2  # runs before a capture: kernels are compiled and plans uploaded outside of it
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """``prompts`` prompts of ``length`` tokens each."""
+
+    prompts: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompts * self.length
+
+
+# What a captured graph costs in memory is its activations, which these keep to those of 1,024
+# tokens. Steps of two waste half at most, and a quarter on average.
+BUCKETS = tuple(
+    Bucket(prompts, length)
+    for prompts in (1, 2, 4, 8, 16, 32)
+    for length in (16, 32, 64, 128, 256)
+    if prompts * length <= 1024
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A bucket, or None; and why, for a reader."""
+
+    bucket: Bucket | None
+    reason: str
+
+
+def choose_bucket(batch: Batch, buckets: Sequence[Bucket] = BUCKETS) -> Choice:
+    """The bucket of the fewest tokens that a batch fits into."""
+    if batch.vision is not None:
+        return Choice(None, "it has pictures")
+    forest = batch.forest
+    lengths = np.diff(forest.cu_q)
+    if (forest.parent >= 0).any() or not np.array_equal(forest.cu_q, forest.cu_k):
+        return Choice(None, "its prompts share beginnings")
+    if len(batch.read) != len(lengths) or (batch.read != forest.cu_q[1:] - 1).any():
+        return Choice(None, "it reads other tokens than the last of each prompt")
+    longest = int(lengths.max())
+    fitting = [b for b in buckets if b.prompts >= len(lengths) and b.length >= longest]
+    if not fitting:
+        return Choice(None, f"{len(lengths)} prompts of up to {longest} tokens fit no bucket")
+    best = min(fitting, key=lambda b: (b.tokens, b.prompts))
+    return Choice(best, f"{len(batch.ids)} tokens padded to {best.tokens}")
+
+
+def pad(batch: Batch, bucket: Bucket) -> tuple[Batch, NDArray[np.int64]]:
+    """The batch with every prompt padded to the bucket's length, all of whose tokens are read.
+
+    Returns:
+        The padded batch, and the rows of its answer that the batch had asked for ``[R]``.
+    """
+    lengths = np.diff(batch.forest.cu_q)
+    rows = np.concatenate(
+        [i * bucket.length + np.arange(n) for i, n in enumerate(lengths)], dtype=np.int64
+    )
+    place = torch.from_numpy(rows).to(batch.ids.device)
+    ids = batch.ids.new_zeros(bucket.tokens)
+    ids[place] = batch.ids
+    positions = batch.positions.new_zeros(3, bucket.tokens)
+    positions[:, place] = batch.positions
+    padded = replace(
+        batch,
+        ids=ids,
+        positions=positions,
+        forest=Forest.plain([bucket.length] * bucket.prompts),
+        read=np.arange(bucket.tokens),
+    )
+    return padded, rows[batch.read]
+
+
+class Graphs:
+    """Runs batches by replaying graphs where it can, and by ``forward`` where not.
+
+    Not thread-safe: replays share memory.
+
+    Args:
+        forward: the model's; it must neither copy from the host nor wait for the device when it is
+            called with a batch that it has seen.
+        buckets: shapes to capture, each at its first use.
+        keep: called after each capture; what it returns lives as long as the graph. For what
+            ``forward`` has put on the device and may drop, such as plans of attention.
+        enabled: False runs everything by ``forward``.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Batch], Tensor],
+        buckets: Sequence[Bucket] = BUCKETS,
+        *,
+        keep: Callable[[], object] = lambda: None,
+        enabled: bool = True,
+    ) -> None:
+        self._forward = forward
+        self._keep = keep
+        self._buckets = tuple(buckets)
+        self._captured: dict[Bucket, _Captured] = {}
+        self.enabled = enabled
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """What ``forward`` gives: ``[R, hidden_size]`` or ``[R]`` float32."""
+        if not self.enabled or batch.ids.device.type != "cuda":
+            return self._forward(batch)
+        bucket = choose_bucket(batch, self._buckets).bucket
+        if bucket is None:
+            return self._forward(batch)
+        padded, rows = pad(batch, bucket)
+        if bucket not in self._captured:
+            self._captured[bucket] = _Captured(self._forward, padded, self._keep)
+        answer = self._captured[bucket].replay(padded)
+        return answer[torch.from_numpy(rows).to(answer.device)]
+
+
+class _Captured:
+    """One graph with the tensors it reads and writes."""
+
+    def __init__(
+        self, forward: Callable[[Batch], Tensor], batch: Batch, keep: Callable[[], object]
+    ) -> None:
+        # Kept, with its forest: plans of attention are found by the objects they were made for.
+        self._batch = replace(batch, ids=batch.ids.clone(), positions=batch.positions.clone())
+        side = torch.cuda.Stream(batch.ids.device)
+        side.wait_stream(torch.cuda.current_stream(batch.ids.device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM):
+                forward(self._batch)
+        torch.cuda.current_stream(batch.ids.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._answer = forward(self._batch)
+        self._kept = keep()
+
+    def replay(self, batch: Batch) -> Tensor:
+        """The answer, which the next replay overwrites."""
+        self._batch.ids.copy_(batch.ids)
+        self._batch.positions.copy_(batch.positions)
+        self._graph.replay()
+        return self._answer
