@@ -2,7 +2,8 @@
 
     python -m benchmarks.cpu_ops [--only gemm] [--quick]
 
-Rounds alternate between ours and torch's; limits are measured in the same run (benchmarks.limits).
+Rounds alternate between ours and torch's; limits are measured right after each case
+(benchmarks.limits).
 Products of few rows get weights that are in no cache: several copies take turns. ``error`` is the
 rms distance to float64 on the same operands, relative to the rms of the result; of products on
 some rows and columns. Most of it is the rounding of the result to bfloat16.
@@ -28,7 +29,7 @@ from qvlfast import _C
 from qvlfast.backends.native import NativeOps
 from qvlfast.ops import Forest, Linear, Ops, QuantisedRows, Rows
 
-from .limits import Limits, measure
+from .limits import measure
 from .records import RESULTS, append, commit, machine
 
 # (N, K) of the linears, by model and name.
@@ -115,7 +116,6 @@ class Bench:
 
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds
-        self.limits: Limits = measure()
 
     def row(
         self,
@@ -130,7 +130,8 @@ class Bench:
     ) -> Row:
         """A line; ``work`` is how much was done and in which unit, flop or byte."""
         amount, unit = work
-        limit = self.limits.read if unit == "GB/s" else self.limits.flops[form]
+        limits = measure()  # right after the case, since the machine's speed drifts
+        limit = limits.read if unit == "GB/s" else limits.flops[form]
         rate = amount / timed.ours
         made = Row(
             op=op,

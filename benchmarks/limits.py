@@ -16,13 +16,14 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qvlfast import _C
 
 SOURCE = Path(__file__).parent / "limits.cpp"
 # Far beyond the last-level cache, for each thread.
 _READ_BYTES = 256 << 20
-_SECONDS = 0.3
+_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,13 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+@cache
+def _memory(count: int) -> NDArray[np.uint8]:
+    return np.ones((count, _READ_BYTES), dtype=np.uint8)
+
+
 def measure(threads: int | None = None) -> Limits:
-    """Measure for about two seconds."""
+    """Measure for about half a second."""
     count = threads or _C.num_threads()
     library = _library()
     uses_tiles = _C.isa() == "amx"
@@ -67,7 +73,7 @@ def measure(threads: int | None = None) -> Limits:
         with ThreadPoolExecutor(count) as pool:
             return sum(pool.map(work, range(count)))
 
-    memory = np.ones((count, _READ_BYTES), dtype=np.uint8)
+    memory = _memory(count)
     single = together(lambda _: library.float_peak(_SECONDS))
     half = together(lambda _: library.bf16_peak(_SECONDS))
     byte = together(lambda _: library.int8_peak(_SECONDS))

@@ -8,8 +8,8 @@ constexpr int kVectors = static_cast<int>(kPanel) / kLanes;  // of a panel
 // Accumulators, weights and one value of x fill the registers: 16 of them, or 32 with AVX-512.
 constexpr int kRowGroup = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 2;
 constexpr int64_t kBlockRows = 48;  // a multiple of all of them
-constexpr int64_t kAhead = 1024;  // bytes: few rows wait for their weights from memory
-constexpr int64_t kInner = 512;  // steps of K whose weights (16 KB in bf16) stay in L1
+constexpr int64_t kAhead = 1024;    // bytes: few rows wait for their weights from memory
+constexpr int64_t kInner = 512;     // steps of K whose weights (16 KB in bf16) stay in L1
 
 // One step along K for f32, two for bf16: `weights` are those of even, then of odd steps.
 template <class T>
@@ -176,44 +176,89 @@ inline void finish_panel(const float* c, int64_t column, int64_t row, bool integ
   }
 }
 
+// kLanes values of either float dtype at column j of a row.
+inline F load_floats(const void* row, DType dtype, int64_t j) {
+  return dtype == DType::f32 ? load(static_cast<const float*>(row) + j)
+                             : load_bf16(static_cast<const uint16_t*>(row) + j);
+}
+inline void store_floats(void* row, DType dtype, int64_t j, F v) {
+  if (dtype == DType::f32) {
+    store(static_cast<float*>(row) + j, v);
+  } else {
+    store_bf16(static_cast<uint16_t*>(row) + j, v);
+  }
+}
+
+// The first `wide` columns of a panel of results, from column j of a row on.
+inline void store_panel(F (&values)[kVectors], const Epilogue& e, const char* residual, char* out,
+                        int64_t j, int64_t wide) {
+  if (wide == kPanel) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if (residual != nullptr) {
+        values[v] += load_floats(residual, e.residual_dtype, j + v * kLanes);
+      }
+      store_floats(out, e.out_dtype, j + v * kLanes, values[v]);
+    }
+    return;
+  }
+  alignas(64) float row[kPanel] = {};
+  if (residual != nullptr) {
+    widen(residual + j * dtype_size(e.residual_dtype), e.residual_dtype, wide, row);
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    store(row + v * kLanes, values[v] + load(row + v * kLanes));
+  }
+  narrow(row, wide, e.out_dtype, out + j * dtype_size(e.out_dtype));
+}
+
 // `count` may end within a panel; scales and biases go on to its end.
-inline void finish(const float* c, int64_t c_stride, int64_t rows, int64_t count, bool integer,
-                   const Epilogue& e) {
-  const bool gated = e.activation == Epilogue::Activation::swiglu;
-  for (int64_t r = 0; r < rows; ++r) {
+template <Epilogue::Activation kActivation>
+inline void finish_with(const float* c, int64_t c_stride, int64_t rows, int64_t count, bool integer,
+                        const Epilogue& e) {
+  constexpr bool kGated = kActivation == Epilogue::Activation::swiglu;
+  const int64_t residual_bytes = e.residual_stride * dtype_size(e.residual_dtype);
+  const int64_t out_bytes = e.out_stride * dtype_size(e.out_dtype);
+  for (int64_t r = 0; r < rows; ++r, c += c_stride) {
+    const char* residual =
+        e.residual == nullptr ? nullptr : static_cast<const char*>(e.residual) + r * residual_bytes;
+    char* out = static_cast<char*>(e.out) + r * out_bytes;
     for (int64_t j = 0; j < count; j += kPanel) {
       F values[kVectors];
-      if (gated) {
+      const int64_t column = kGated ? 2 * j : j;
+      finish_panel(c + column, column, r, integer, e, values);
+      if constexpr (kGated) {
         F up[kVectors];
-        const int64_t column = 2 * j;
-        finish_panel(c + r * c_stride + column, column, r, integer, e, values);
-        finish_panel(c + r * c_stride + column + kPanel, column + kPanel, r, integer, e, up);
+        finish_panel(c + column + kPanel, column + kPanel, r, integer, e, up);
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           values[v] = silu_of(values[v]) * up[v];
         }
       } else {
-        finish_panel(c + r * c_stride + j, j, r, integer, e, values);
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-          values[v] = activate(values[v], e.activation);
+          values[v] = activate(values[v], kActivation);
         }
       }
-      const int64_t wide = std::min(kPanel, count - j);
-      if (e.residual != nullptr) {
-        const void* from = static_cast<const char*>(e.residual) +
-                           (r * e.residual_stride + j) * dtype_size(e.residual_dtype);
-        alignas(64) float added[kPanel] = {};
-        widen(from, e.residual_dtype, wide, added);
-        for (int v = 0; v < kVectors; ++v) {
-          values[v] = values[v] + load(added + v * kLanes);
-        }
-      }
-      alignas(64) float row[kPanel];
-      for (int v = 0; v < kVectors; ++v) {
-        store(row + v * kLanes, values[v]);
-      }
-      void* to = static_cast<char*>(e.out) + (r * e.out_stride + j) * dtype_size(e.out_dtype);
-      narrow(row, wide, e.out_dtype, to);
+      store_panel(values, e, residual, out, j, std::min(kPanel, count - j));
     }
+  }
+}
+
+inline void finish(const float* c, int64_t c_stride, int64_t rows, int64_t count, bool integer,
+                   const Epilogue& e) {
+  using Activation = Epilogue::Activation;
+  switch (e.activation) {
+    case Activation::none:
+      return finish_with<Activation::none>(c, c_stride, rows, count, integer, e);
+    case Activation::gelu_tanh:
+      return finish_with<Activation::gelu_tanh>(c, c_stride, rows, count, integer, e);
+    case Activation::gelu_erf:
+      return finish_with<Activation::gelu_erf>(c, c_stride, rows, count, integer, e);
+    case Activation::silu:
+      return finish_with<Activation::silu>(c, c_stride, rows, count, integer, e);
+    case Activation::swiglu:
+      return finish_with<Activation::swiglu>(c, c_stride, rows, count, integer, e);
   }
 }
 
