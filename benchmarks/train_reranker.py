@@ -39,8 +39,8 @@ from .training import (
 )
 
 # Steps without lists; in each so many groups of so many emoji that are alike.
-PREPARED, GROUPS, GROUP = 400, 24, 6
-LISTS, LIST_LENGTH = 20, 8  # of a step
+PREPARED, GROUPS, GROUP = 300, 24, 6
+LISTS, LIST_LENGTH = 16, 8  # of a step
 TOP = 20  # documents of the embedder that a list is drawn from
 # Shares of the loss, besides what is told: small, or lists undo what the layers below know. The
 # last layer learns from them alone, and its updates do not depend on the size of a gradient.
