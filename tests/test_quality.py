@@ -12,9 +12,9 @@ import torch
 
 from benchmarks import emoji_data, quality
 from benchmarks.emoji_data import Wording, read_evaluation, split_wordings
-from qvlfast import Embedder, Reranker
-from qvlfast.gallery import EMBEDDER, RERANKER, SPRITE_SIZE, Emoji, featured, load_gallery
-from tests.reference import load_reference, reference_scores, reference_vectors
+from qvlfast import Embedder
+from qvlfast.gallery import EMBEDDER, SPRITE_SIZE, Emoji, featured, load_gallery
+from tests.reference import load_reference, reference_vectors
 
 # Words that name one thing only, in languages of different scripts.
 EASY = {
@@ -25,10 +25,7 @@ EASY = {
     "غيتار": "🎸",
     "snowman": "⛄",
 }
-# Queries of a group, and how much reranking must add to their MRR: GAINED as committed; another
-# processor's rounding moves single queries.
-RERANKED, LEAST_GAIN = 60, 0.01
-MODELS = [EMBEDDER, RERANKER]
+MODELS = [EMBEDDER]
 MOST_PARAMETERS = 4_000_000
 MOST_BYTES = 15_000_000
 
@@ -36,12 +33,6 @@ MOST_BYTES = 15_000_000
 @pytest.fixture(scope="module")
 def embedder() -> Iterator[Embedder]:
     with Embedder.from_pretrained(EMBEDDER, dtype="float32") as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def reranker() -> Iterator[Reranker]:
-    with Reranker.from_pretrained(RERANKER, dtype="float32") as model:
         yield model
 
 
@@ -169,16 +160,6 @@ def test_the_embedder_agrees_with_transformers(embedder: Embedder) -> None:
     assert (got * expected).sum(axis=1).min() > 0.999
 
 
-def test_the_reranker_agrees_with_transformers(reranker: Reranker) -> None:
-    pictures = [{"image": shown(character).picture()} for character in "🍕🐙🚀"]
-    pairs = [(words, picture) for words in ("pizza", "Rakete", "タコ") for picture in pictures]
-    prompts = [reranker._prepare_pair(pair, None) for pair in pairs]
-    yes, no = (reranker._runtime.prompter.token_id(answer) for answer in ("yes", "no"))
-    expected = reference_scores(load_reference(RERANKER, torch.float32), prompts, (yes, no))
-    # Sums in another order: 1e-6 as a rule.
-    assert np.abs(reranker.predict(pairs) - expected).max() < 1e-4
-
-
 def test_easy_words_find_their_emoji(embedder: Embedder) -> None:
     gallery = featured()
     documents = embedder.encode([{"image": emoji.picture()} for emoji in gallery])
@@ -186,13 +167,3 @@ def test_easy_words_find_their_emoji(embedder: Embedder) -> None:
     for row, answers in zip(scores, EASY.values(), strict=True):
         first = {gallery[i].character for i in np.argsort(-row)[:10]}
         assert first & set(answers)
-
-
-def test_reranking_gains(embedder: Embedder, reranker: Reranker) -> None:
-    pictures = quality.draw_gallery()
-    documents = embedder.encode([{"image": picture} for picture in pictures])
-    wordings = [w for name in ("seen", "unseen") for w in read_evaluation()[name][:RERANKED]]
-    scores = embedder.similarity(embedder.encode([w.text for w in wordings]), documents)
-    before = quality.reciprocal(quality.rank_of_answers(scores, wordings)).mean()
-    after = quality.reciprocal(quality.rerank(reranker, pictures, scores, wordings)).mean()
-    assert after > before + LEAST_GAIN
