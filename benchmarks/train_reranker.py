@@ -254,7 +254,7 @@ def begin_comparison(setting: Setting, found: Found) -> None:
     rng = random.Random(f"comparison {SEED}")
     asked = rng.sample(range(len(setting.sprites)), MEASURED)
     texts = [setting.words.draw(emoji, rng)[0] for emoji in asked]
-    documents = found.documents(texts, 0)
+    documents = found.documents(texts, 0)[:, ::5]
     drawn, places = documents.unique(return_inverse=True)
     pictures = setting.draw(drawn.tolist(), CANVASES[-1], rng)
     add_comparison(setting, texts, places, pictures)
