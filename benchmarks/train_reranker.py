@@ -39,8 +39,9 @@ from .training import (
 )
 
 # Steps without lists; in each so many groups of so many emoji that are alike.
-PREPARED, GROUPS, GROUP = 400, 24, 6
-LISTS, LIST_LENGTH = 20, 8  # of a step
+PREPARED, GROUPS, GROUP = 300, 24, 6
+LISTS, LIST_LENGTH = 16, 8  # of a step
+MEASURED = 48  # lists that the comparison is set by
 TOP = 20  # documents of the embedder that a list is drawn from
 # Shares of the loss, besides what is told: small, or lists undo what the layers below know. The
 # last layer learns from them alone, and its updates do not depend on the size of a gradient.
@@ -251,9 +252,9 @@ def train_reranker(
 def begin_comparison(setting: Setting, found: Found) -> None:
     """Set the last layer by what the model makes of some lists."""
     rng = random.Random(f"comparison {SEED}")
-    asked = rng.sample(range(len(setting.sprites)), LISTS)
+    asked = rng.sample(range(len(setting.sprites)), MEASURED)
     texts = [setting.words.draw(emoji, rng)[0] for emoji in asked]
-    documents = found.documents(texts, 0)[:, :LIST_LENGTH]
+    documents = found.documents(texts, 0)[:, ::5]
     drawn, places = documents.unique(return_inverse=True)
-    pictures = setting.draw(drawn.tolist(), CANVASES[0], rng)
+    pictures = setting.draw(drawn.tolist(), CANVASES[-1], rng)
     add_comparison(setting, texts, places, pictures)
