@@ -3,6 +3,10 @@
     python -m benchmarks.train_small embedder --out RUN
     python -m benchmarks.train_small reranker --out RUN2 --embedder RUN
 
+The reranker's recipe is unfinished. What it is told, it learns: by the cosine of what was asked for
+and what is shown, it orders the embedder's first 20 better than the embedder. But its last layer does
+not compare the two yet once states are as full as a training makes them, so none comes along.
+
 Each step's data depends on the seed, the step's number and how many processes share it, so
 ``--resume`` goes on as if nothing had happened. ``OUT`` holds the checkpoint in bfloat16 (renewed
 at every report), the states of the training's parts, and their logs.
