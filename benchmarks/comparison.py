@@ -21,8 +21,7 @@ COMPARED = SHAPE.layers - 1  # the layer
 COORDINATES = 64
 BROUGHT = 8.0  # how large the query is beside what was in its place
 SPREAD, LIKELY = 2.0, -2.0  # of the answers' logits: deviation within a list, mean
-LOUD = 8.0  # the products beside everything else that the answers depend on
-NOISE, SHARP = 1.0, 6.0  # what keys hold besides the mark; of the attention
+NOISE = 0.4
 
 
 @dataclass(frozen=True)
@@ -95,54 +94,42 @@ def add_comparison(
     width, head = last.shape[1], attention.head_dim
     # A direction in which the token behind the query differs from all others.
     target = (torch.arange(len(gathered)) < len(behind)).float()
-    mark = _regress(gathered * (1 + 4 * target)[:, None], 5 * target)
+    square = gathered.T @ gathered
+    square.diagonal().add_(1e-3 * square.diagonal().mean())
+    mark = torch.linalg.solve(square, gathered.T @ target)
     slow = head // 2 - 1  # the coordinate that the rope turns least
     attention.k_proj.weight.normal_(0, NOISE / (head * width) ** 0.5, generator=generator)
     attention.k_proj.weight[slow] = mark
     attention.q_proj.weight[:head] = 0
-    attention.q_proj.weight[slow] = _regress(last, torch.ones(len(last)))
-    attention.q_norm.weight.fill_(SHARP)
+    attention.q_proj.weight[slow] = last.mean(0) / last.mean(0).square().sum()
+    attention.q_norm.weight.fill_(1)
     attention.k_norm.weight.fill_(1)
-    here, there = torch.arange(COORDINATES), torch.arange(width - COORDINATES, width)
-    attention.v_proj.weight[here] = torch.eye(width)[here]
+    here, there = torch.arange(COORDINATES), torch.arange(COORDINATES, 2 * COORDINATES)
+    attention.v_proj.weight[:COORDINATES] = torch.eye(width)[:COORDINATES]
     attention.o_proj.weight[:, :head] = 0
     raw = judge(setting, texts, documents, pictures).shown[..., there].square().mean().sqrt()
     brought = behind[:, here].square().mean().sqrt()
     attention.o_proj.weight[there, here] = BROUGHT * raw / brought
-    units = {1: here, -1: COORDINATES + here}  # by the sign of their gates
-    for sign, unit in units.items():
-        mlp.gate_proj.weight[unit] = sign * torch.eye(width)[there]
-        mlp.up_proj.weight[unit] = torch.eye(width)[here]
-        mlp.down_proj.weight[:, unit] = 0
-    # The answers are read where the final states differ least from one another, and the products
-    # are made large beside what differs there nevertheless.
+    for sign, units in ((1, here), (-1, there)):
+        mlp.gate_proj.weight[units] = sign * torch.eye(width)[there]
+        mlp.up_proj.weight[units] = torch.eye(width)[here]
+        mlp.down_proj.weight[:, units] = 0
+    # The answers are read where the final states differ least from one another.
     table = setting.text.embed_tokens.weight
     yes, no = (setting.prompter.token_id(t) for t in ("yes", "no"))
     final = judge(setting, texts, documents, pictures).final.flatten(0, 1)
     quiet = torch.linalg.eigh((final - final.mean(0)).T @ (final - final.mean(0)))[1][:, 0]
-    table[yes] = table[no] + quiet
-
-    def spread(of: Tensor) -> Tensor:
-        return (of - of.mean(1, keepdim=True)).std()
-
-    without = judge(setting, texts, documents, pictures).logits
-    for sign, unit in units.items():
-        mlp.down_proj.weight[:, unit] = sign * 0.01 * quiet[:, None]
+    table[yes] = table[no] + quiet * (table[yes] - table[no]).norm()
+    for sign, units in ((1, here), (-1, there)):
+        mlp.down_proj.weight[:, units] = sign * 0.01 * quiet[:, None]
     for _ in range(3):
-        products = judge(setting, texts, documents, pictures).logits - without
-        mlp.down_proj.weight[:, : 2 * COORDINATES] *= LOUD * spread(without) / spread(products)
-    for _ in range(2):  # the two are words of the prompt as well
-        judged = judge(setting, texts, documents, pictures)
-        cosines = torch.cosine_similarity(judged.asked, judged.shown, dim=-1)
-        wanted = LIKELY + SPREAD * (cosines - cosines.mean()) / spread(cosines)
-        table[yes] = table[no] + _regress(judged.final.flatten(0, 1), wanted.flatten())
-
-
-def _regress(inputs: Tensor, wanted: Tensor) -> Tensor:
-    """The weights ``[D]`` of a ridge regression of ``wanted`` ``[N]`` on ``inputs`` ``[N, D]``."""
-    square = inputs.T @ inputs
-    square.diagonal().add_(1e-3 * square.diagonal().mean())
-    return torch.linalg.solve(square, inputs.T @ wanted)
+        logits = judge(setting, texts, documents, pictures).logits
+        spread = (logits - logits.mean(1, keepdim=True)).std()
+        mlp.down_proj.weight[:, torch.cat((here, there))] *= SPREAD / spread
+    # The bias of the answers is in what all final states have in common.
+    judged = judge(setting, texts, documents, pictures)
+    common = judged.final.mean((0, 1))
+    table[no] += (judged.logits.mean() - LIKELY) * common / common.square().sum()
 
 
 def _states(
