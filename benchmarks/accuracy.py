@@ -1,7 +1,8 @@
 """What quantisation costs: ``python -m benchmarks.accuracy``; docs/accuracy.md reads the result.
 
-On the trained models that come along: retrieval of :mod:`benchmarks.quality`, with Matryoshka cuts
-and vector types, the order in which the reranker puts the same pictures, and cosines to bfloat16.
+On the trained embedder that comes along: retrieval of :mod:`benchmarks.quality`, with Matryoshka
+cuts and vector types, and cosines to bfloat16. With ``--reranker`` the order in which one puts the
+same pictures.
 On a random model of full size, as it is and with what makes real ones hard to round: outlier
 channels behind the norms, and massive activations in ``down_proj``'s input (``--full``).
 """
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from qvlfast import Embedder, Quantization, Reranker
-from qvlfast.gallery import EMBEDDER, RERANKER
+from qvlfast.gallery import EMBEDDER
 from qvlfast.vectors import VectorType, convert, cut, similarity
 
 from .checkpoints import write_checkpoint
@@ -171,7 +172,7 @@ def score_embedder(card: Card, groups: Mapping[str, Sequence[Wording]]) -> NDArr
 
 
 def score_reranker(
-    card: Card, groups: Mapping[str, Sequence[Wording]], tops: NDArray[np.int64]
+    card: Card, folder: Path, groups: Mapping[str, Sequence[Wording]], tops: NDArray[np.int64]
 ) -> None:
     """How alike the orders of the same pictures are: pairs in the same order as in bfloat16."""
     pictures = draw_gallery()
@@ -183,7 +184,7 @@ def score_reranker(
     ]
     scores: dict[str, NDArray[np.float64]] = {}
     for plan in ("bf16", *(plan for plan in PLANS if plan != "bf16")):
-        with Reranker.from_pretrained(RERANKER, **settings(plan)) as reranker:
+        with Reranker.from_pretrained(folder, **settings(plan)) as reranker:
             made = reranker.predict(pairs, show_progress=False)
         scores[plan] = made.astype(np.float64).reshape(tops.shape)
         base, own = scores["bf16"], scores[plan]
@@ -248,12 +249,15 @@ def score_full(card: Card, shape: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--full", metavar="SHAPE", help="also a random model of this shape: 2b")
+    parser.add_argument("--reranker", type=Path, help="a trained reranker's folder")
     parser.add_argument("--queries", type=int, help="at most so many of each group")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.csv")
     options = parser.parse_args(arguments)
     groups = {name: rows[: options.queries] for name, rows in read_evaluation(EVALUATION).items()}
     card = Card()
-    score_reranker(card, groups, score_embedder(card, groups))
+    tops = score_embedder(card, groups)
+    if options.reranker:
+        score_reranker(card, options.reranker, groups, tops)
     if options.full:
         score_full(card, options.full)
     options.out.unlink(missing_ok=True)
