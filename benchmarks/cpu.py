@@ -101,9 +101,11 @@ class Transformers:
         import transformers
 
         self.name = f"transformers {transformers.__version__} sdpa"
-        self.model = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
+        whole = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa"
-        ).model.eval()
+        ).eval()
+        self.model = whole.model
+        self.answers = whole.lm_head.weight  # [vocabulary, hidden]
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """As the reference's processor lays them out."""

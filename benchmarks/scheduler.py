@@ -5,6 +5,7 @@ everything shared and cached, one without. Rounds alternate between the two, and
 case and of its ratios are kept, because machines are shared and their speed drifts. Times are those
 of whole calls, preprocessing included; caches are empty at the start of each, except in the cases
 called "again". ``interactive`` and ``queue`` measure the scheduler alone, see there.
+``--peer transformers`` adds the official recipe for reranking, see benchmarks.pairwise: it is slow.
 """
 
 from __future__ import annotations
@@ -33,16 +34,19 @@ from qvlfast.runner import Runner, Sharing
 from qvlfast.runtime import Runtime
 from qvlfast.scheduler import Budget, Cost, Rates, Scheduler
 
+from .pairwise import Recipe
 from .records import RESULTS, append, commit, machine
 
 ON, OFF = Sharing(True, 512 << 20, 256 << 20), Sharing(False, 0, 0)
+PICTURED = "rerank, picture query, 20 x 100"
 WORDS = ["river", "stone", "light", "green", "cloud", "paper", "house", "road", "field", "glass"]
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the CSV: medians with sharing and without, and of their ratio, without over with
-    (of ``interactive`` and ``queue`` see :func:`interactive`, :func:`queue`)."""
+    (of ``interactive``, ``queue`` and the recipe see :func:`interactive`, :func:`queue`,
+    :func:`against`)."""
 
     case: str
     unit: str
@@ -105,10 +109,15 @@ def picture(side: int, seed: int) -> Image.Image:
     return Image.fromarray(values)
 
 
+def pictured(loaded: Reranker, side: int) -> tuple[dict[str, Any], list[str]]:
+    """A query with a picture, and 20 documents of 100 tokens."""
+    query = {"text": "which of these", "image": picture(side, 0)}
+    return query, [text(loaded, 100, i) for i in range(20)]
+
+
 def cases(loaded: Reranker, side: int) -> dict[str, Callable[[Pair], Any]]:
     """Whole calls, by name. ``side`` is that of the query's picture."""
-    query = {"text": "which of these", "image": picture(side, 0)}
-    short = [text(loaded, 100, i) for i in range(20)]
+    query, short = pictured(loaded, side)
     long = [text(loaded, 150, i) for i in range(50)]
     question = text(loaded, 60, 99)
     texts = [text(loaded, 12, i) for i in range(64)]
@@ -121,7 +130,7 @@ def cases(loaded: Reranker, side: int) -> dict[str, Callable[[Pair], Any]]:
             p.embedder.encode(item)
 
     return {
-        "rerank, picture query, 20 x 100": lambda p: p.reranker.rank(query, short),
+        PICTURED: lambda p: p.reranker.rank(query, short),
         "rerank, text query 60, 50 x 150": lambda p: p.reranker.rank(question, long),
         "64 x 12 tokens, one instruction": lambda p: p.embedder.encode(texts),
         "64 x 12 tokens, 4 instructions": lambda p: p.embedder.encode(mixed),
@@ -154,6 +163,28 @@ def measure(
             tokens[which] = side.computed() - before
         times.append((dict(took)[0], dict(took)[1]))
     return times, tokens[0], tokens[1]
+
+
+def against(
+    recipe: Recipe, on: Pair, query: dict[str, Any], documents: list[str], seconds: float
+) -> tuple[list[tuple[float, float]], int, int]:
+    """:func:`measure`, against the recipe in place of sharing off: of its pairs, each the same
+    work, one is timed and counted as often as there are documents."""
+    prompt = on.reranker._prepare_pair((query, documents[0]), None)
+    inputs = recipe.inputs(prompt)
+    theirs, ours = recipe.score(inputs), on.reranker.predict((query, documents[0]))
+    print(f"scores of one pair: {ours:.4f}, recipe {theirs:.4f}", flush=True)
+    times: list[tuple[float, float]] = []
+    end, computed = time.perf_counter() + seconds, 0
+    while not times or time.perf_counter() < end:
+        on.forget()
+        before, start = on.computed(), time.perf_counter()
+        on.reranker.rank(query, documents)
+        middle = time.perf_counter()
+        recipe.score(inputs)
+        times.append((middle - start, len(documents) * (time.perf_counter() - middle)))
+        computed = on.computed() - before
+    return times, computed, len(documents) * len(prompt.ids)
 
 
 def queue() -> Iterator[tuple[str, str, float, float]]:
@@ -261,6 +292,19 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         append([row], options.out)
         print(f"{case}: {row.on} {unit}, without {row.off}: {row.ratio} x", flush=True)
 
+    def add_rounds(name: str, found: tuple[list[tuple[float, float]], int, int]) -> None:
+        times, with_, without = found
+        add(
+            name,
+            "s",
+            statistics.median(a for a, _ in times),
+            statistics.median(b for _, b in times),
+            ratio=statistics.median(b / a for a, b in times),
+            tokens_on=with_,
+            tokens_off=without,
+            rounds=len(times),
+        )
+
     if options.only in "queue":
         for case in queue():
             add(*case)
@@ -275,17 +319,11 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         for name, work in cases(loaded, options.side).items():
             if options.only not in name:
                 continue
-            times, with_, without = measure(work, on, off, options.seconds, "again" in name)
-            add(
-                name,
-                "s",
-                statistics.median(a for a, _ in times),
-                statistics.median(b for _, b in times),
-                ratio=statistics.median(b / a for a, b in times),
-                tokens_on=with_,
-                tokens_off=without,
-                rounds=len(times),
-            )
+            add_rounds(name, measure(work, on, off, options.seconds, "again" in name))
+        if options.peer is not None and options.only in PICTURED:
+            recipe = Recipe(folder, getattr(torch, options.dtype))
+            found = against(recipe, on, *pictured(loaded, options.side), options.seconds)
+            add_rounds(f"{PICTURED}, against {recipe.name}, one pair timed x 20", found)
         if options.only in "interactive":
             for case in interactive(loaded, on, options.requests):
                 add(*case)
@@ -299,6 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quantization", choices=["int8", "int4"])
     parser.add_argument("--side", type=int, default=1024, help="of the query's picture, in pixels")
     parser.add_argument("--seconds", type=float, default=30, help="of rounds for a case")
+    parser.add_argument("--peer", choices=["transformers"], help="its recipe for reranking too")
     parser.add_argument("--requests", type=int, default=150, help="of the interactive trace")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--out", type=Path, default=RESULTS / "scheduler.csv")

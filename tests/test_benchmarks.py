@@ -43,6 +43,18 @@ def test_sharing_on_and_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_reranking_against_the_official_recipe(tmp_path: Path) -> None:
+    out = tmp_path / "scheduler.csv"
+    command = ["benchmarks.scheduler", "--shape", "tiny", "--dtype", "float32", "--seconds", "0.1"]
+    command += ["--side", "128", "--only", "20 x 100", "--peer", "transformers", "--out", str(out)]
+    scores = run(*command).split("scores of one pair: ")[1].splitlines()[0].split(", recipe ")
+    assert abs(float(scores[0]) - float(scores[1])) < 2e-4  # four digits are printed
+    _, row = csv.DictReader(out.open())
+    assert "transformers" in row["case"] and row["case"].endswith("one pair timed x 20")
+    assert int(row["tokens_on"]) < int(row["tokens_off"])
+
+
+@pytest.mark.slow
 def test_whole_calls_against_transformers(tmp_path: Path) -> None:
     out = tmp_path / "cpu.csv"
     command = ["benchmarks.cpu", "--shape", "tiny", "--dtype", "float32", "--rounds", "1"]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from qvlfast import Reranker
+from qvlfast import Embedder, Reranker
 from qvlfast.checkpoint import Checkpoint
 from qvlfast.cli import main
 from qvlfast.cli.contact_sheet import Row, draw
@@ -75,6 +76,8 @@ def test_version() -> None:
         ("embed", "MODEL", "in.jsonl"),
         ("embed", "MODEL", "in.jsonl", "-o", "out.npy", "--dimensions", "0"),
         ("embed", "MODEL", "in.jsonl", "-o", "out.npy", "--dtype", "int3"),
+        ("embed", "MODEL", "in.jsonl", "-o", "out.npy", "--quantization", "int2"),
+        ("rerank", "MODEL", "query", "in.jsonl", "--cache-bytes", "-1"),
         ("info", "MODEL", "--memory", "much"),
     ],
 )
@@ -168,6 +171,56 @@ def test_rerank(small_checkpoint: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert out.startswith("   1  0.")
     assert len(out.splitlines()) == 1
+
+
+OPTIONS = ("--quantization", "int8", "--backend", "native", "--deterministic")
+CACHES = ("--cache-bytes", "0", "--vision-cache-bytes", "1.5M")
+LOADING = {
+    "quantization": "int8",
+    "backend": "native",
+    "deterministic": True,
+    "cache_bytes": 0,
+    "vision_cache_bytes": 3 << 19,
+}
+
+
+def test_how_a_model_is_loaded(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every option reaches ``from_pretrained``, of both commands; the defaults are its own."""
+    given: list[dict[str, Any]] = []
+    own = inspect.signature(Reranker.from_pretrained).parameters
+    for kind in (Embedder, Reranker):
+        load = kind.from_pretrained
+
+        def spy(model: Any, _load: Any = load, **arguments: Any) -> Any:
+            given.append(arguments)
+            return _load(model, **arguments)
+
+        monkeypatch.setattr(kind, "from_pretrained", spy)
+    lines = write_lines(tmp_path / "in.jsonl", ["one text", "another"])
+    out = tmp_path / "out.npy"
+    embed = ["embed", str(tiny_checkpoint), str(lines), "-o", str(out), "--quiet"]
+    rerank = ["rerank", str(tiny_checkpoint), "the query", str(lines), "--json"]
+    assert main([*embed, *OPTIONS, *CACHES]) == 0
+    assert main([*rerank, *OPTIONS, *CACHES]) == 0
+    assert all(arguments.items() >= LOADING.items() for arguments in given)
+    scores = {g["index"]: g["score"] for g in map(json.loads, capsys.readouterr().out.splitlines())}
+    expected = {"quantization": "int8", "backend": "native"}
+    with Embedder.from_pretrained(tiny_checkpoint, **expected) as embedder:
+        np.testing.assert_array_equal(np.load(out), embedder.encode(["one text", "another"]))
+    with Reranker.from_pretrained(tiny_checkpoint, **expected) as reranker:
+        for result in reranker.rank("the query", ["one text", "another"]):
+            assert scores[result["index"]] == result["score"]
+
+    given.clear()
+    assert main(rerank) == 0
+    assert all(given[0][name] == own[name].default for name in LOADING)
+    assert main([*embed, "--restart", "--deterministic", "--backend", "reference"]) == 2
+    assert "does not promise equal bits" in capsys.readouterr().err
 
 
 def test_rerank_queries(tmp_path: Path) -> None:

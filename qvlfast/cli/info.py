@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import byte_count, positive_int
+from .options import QUANTIZATIONS, byte_count, positive_int
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantization",
-        choices=("int8", "int4", "fp8"),
+        choices=QUANTIZATIONS,
         help="plan for linears quantised at load; default: shows those besides",
     )
     parser.add_argument(

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "int4", "fp8")
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -55,8 +56,13 @@ def byte_count(text: str) -> int:
     return value
 
 
+def byte_budget(text: str) -> int:
+    """Bytes as :func:`byte_count` reads them, or 0."""
+    return 0 if text.strip() == "0" else byte_count(text)
+
+
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """``--device``, ``--dtype`` and ``--backend``."""
+    """The device, how it holds the weights, and what computes."""
     group = parser.add_argument_group("what it runs on")
     group.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:1")
     group.add_argument(
@@ -66,7 +72,18 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         help="of the weights; auto is that of the checkpoint",
     )
     group.add_argument(
-        "--backend", metavar="NAME", default="auto", help="auto, reference or triton"
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="quantise the linears of the text model while loading; otherwise they stay as stored",
+    )
+    group.add_argument(
+        "--backend", metavar="NAME", default="auto", help="auto, native, reference or triton"
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="equal inputs give equal bits in any batch, or the model is not loaded; needs the "
+        "native backend",
     )
 
 
@@ -134,6 +151,20 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         default=16_384,
         help="the most picture patches (16 x 16 pixels) in one forward pass",
     )
+    group.add_argument(
+        "--cache-bytes",
+        metavar="SIZE",
+        type=byte_budget,
+        default="512M",
+        help="for keys and values of shared beginnings, kept from batch to batch; 0: none",
+    )
+    group.add_argument(
+        "--vision-cache-bytes",
+        metavar="SIZE",
+        type=byte_budget,
+        default="256M",
+        help="for pictures that come again; 0: none",
+    )
 
 
 def add_hub_options(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +179,9 @@ def model_arguments(options: argparse.Namespace) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "device": options.device,
         "dtype": options.dtype,
+        "quantization": options.quantization,
         "backend": options.backend,
+        "deterministic": options.deterministic,
         "truncate": not options.no_truncate,
         "min_pixels": options.min_pixels,
         "max_pixels": options.max_pixels,
@@ -157,6 +190,8 @@ def model_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "allow_media_domains": options.allow_media_domain,
         "batch_tokens": options.batch_tokens,
         "batch_patches": options.batch_patches,
+        "cache_bytes": options.cache_bytes,
+        "vision_cache_bytes": options.vision_cache_bytes,
         "revision": options.revision,
         "local_files_only": options.offline,
     }
