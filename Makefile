@@ -21,11 +21,11 @@ sources := $(wildcard csrc/*.cpp csrc/*.h)
 cpp := $(sources) $(wildcard tests/native/*.cpp)
 stamp := $(VENV)/.stamp
 
-.PHONY: test check demo format clean build lint unit gpu-list slow aot sanitize aarch64 test-torch
+.PHONY: test check demo format clean build lint unit gpu-list slow aot sanitize aarch64 lesser-x86 test-torch
 
 test: lint unit gpu-list
 
-check: slow aot sanitize aarch64
+check: slow aot sanitize aarch64 lesser-x86
 
 # One stamp a step; each is made again when what it stands on has changed.
 
@@ -79,6 +79,9 @@ sanitize: build
 
 aarch64: build
 	scripts/aarch64.sh $(abspath $(bin)/python)
+
+lesser-x86: build
+	scripts/lesser_x86.sh $(abspath $(bin)/python)
 
 # The quick tests with another torch, in an environment of its own:
 #   make test-torch TORCH_ARGS=torch==2.14.1

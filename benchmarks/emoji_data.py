@@ -302,14 +302,21 @@ def draw_sprites(emoji: Sequence[str]) -> list[Image.Image]:
     return sprites
 
 
-def render(sprite: Image.Image, canvas: int, rng: random.Random) -> Image.Image:
+def render(
+    sprite: Image.Image, canvas: int, rng: random.Random, variety: float = 1.0
+) -> Image.Image:
     """A picture of one emoji at a random size and place on a random background.
+
+    Args:
+        variety: from 0, where the emoji fills a white picture, to 1.
 
     Returns:
         RGB, ``canvas`` pixels wide and high.
     """
-    side = round(canvas * rng.uniform(0.72, 1.0))
+    side = round(canvas * rng.uniform(1.0 - 0.28 * variety, 1.0))
     picture = _background(canvas, rng)
+    if variety < 1.0:
+        picture = Image.blend(Image.new("RGB", picture.size, "white"), picture, variety)
     scaled = sprite.resize((side, side), Image.Resampling.BICUBIC)
     corner = (rng.randint(0, canvas - side), rng.randint(0, canvas - side))
     picture.paste(scaled, corner, scaled)

@@ -58,12 +58,30 @@ double float_peak(double seconds) {
   return found;
 }
 
-// Operations a second of the widest exact int8 products, two for each: AMX, VNNI or vpmaddwd.
+// The same for products of bfloat16 with sums in float32; 0 where no vector instruction does them.
+double bf16_peak(double seconds) {
+#if defined(__AVX512BF16__)
+  constexpr int kTimes = 20000;
+  const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3F80));
+  return rate(seconds, 2.0 * 32 * 12 * kTimes, [&] {
+    __m512 sums[12] = {};
+    for (int t = 0; t < kTimes; ++t) {
+#pragma GCC unroll 12
+      for (int i = 0; i < 12; ++i) {
+        sums[i] = _mm512_dpbf16_ps(sums[i], x, x);
+        __asm__ volatile("" : "+v"(sums[i]));
+      }
+    }
+  });
+#else
+  return 0.0 * seconds;
+#endif
+}
+
+// The same for the widest exact int8 products of vectors: VNNI or vpmaddwd.
 double int8_peak(double seconds) {
   constexpr int kTimes = 20000;
-#if defined(__AMX_INT8__)
-  return 0.0 * seconds * kTimes;  // measured by amx_peak
-#elif defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__)
   const __m512i x = _mm512_set1_epi8(3);
   return rate(seconds, 2.0 * 64 * 12 * kTimes, [&] {
     __m512i sums[12] = {};
@@ -91,6 +109,8 @@ double int8_peak(double seconds) {
 #endif
 }
 
+// The same for tiles; 0 where there are none. The process must have asked for them, as qvlfast._C
+// does when it is loaded.
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -98,7 +118,6 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// The thread must have asked for AMX, as qvlfast._C does for its process.
 double amx_peak(double seconds, int int8) {
   static const TileConfig config;
   _tile_loadconfig(&config);
@@ -122,6 +141,8 @@ double amx_peak(double seconds, int int8) {
   _tile_release();
   return found;
 }
+#else
+double amx_peak(double, int) { return 0.0; }
 #endif
 
 // Bytes a second of reading `bytes` of memory in order, over and over.

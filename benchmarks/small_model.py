@@ -39,10 +39,10 @@ SHAPE = Shape(
     kv_heads=1,
     vocab=VOCABULARY,
     vision_hidden=64,
-    vision_depth=4,
+    vision_depth=6,
     vision_ffn=256,
     vision_heads=1,
-    deepstack=(1, 2),
+    deepstack=(1, 3),
     positions=64,
 )
 PREFIX_TEXTS = (

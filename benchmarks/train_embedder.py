@@ -11,22 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import head_start
 from . import small_model as small
 from .emoji_data import SEED, list_emoji, read_wordings, split_wordings
+from .team import Team
 from .training import (
-    CANVASES,
+    Run,
     Setting,
+    draw_canvas,
     embed_gallery,
     embed_pictures,
     embed_texts,
     make_setting,
     ranks,
-    run,
+    train,
 )
 
 MATRYOSHKA = {192: 1.0, 128: 0.5, 64: 0.5, 32: 0.5}
-PICTURES, TEXTS_EACH = 160, 3  # of a step
-CENTRED_UNTIL, CENTRED_FADE = 500, 250
+PICTURES, TEXTS_EACH = 160, 2  # of a step
+TIGHTENING, TIGHT_STEPS, TIGHT = "tightening", 160, 10.0  # the last is the inverse temperature
 
 
 def contrast(
@@ -60,16 +63,6 @@ def contrast(
     return loss / sum(MATRYOSHKA.values())
 
 
-def centre(vectors: Tensor, step: int) -> Tensor:
-    """Take the batch's mean out of unit vectors, fully at first, not at all in the end.
-
-    The last token of every prompt is the same, so at first all vectors are nearly one, and what
-    they have in common follows whatever the batch is about instead of what tells them apart.
-    """
-    share = min(1.0, max(0.0, (CENTRED_UNTIL - step) / CENTRED_FADE))
-    return F.normalize(vectors - share * vectors.mean(0), dim=-1) if share else vectors
-
-
 @dataclass(frozen=True)
 class Drawn:
     """What one batch is about: I pictures and T texts.
@@ -87,9 +80,9 @@ class Drawn:
 
 def embedder_step(setting: Setting, anchors: Tensor, scale: Tensor, step: int) -> Tensor:
     """The loss of one step."""
-    rng = random.Random(f"embedder {SEED} {step}")
-    canvas = CANVASES[rng.random() < 0.3]
-    shown = rng.sample(range(len(setting.sprites)), PICTURES)
+    rng = random.Random(f"embedder {SEED} {step} {setting.team.rank}")
+    canvas = draw_canvas(step)
+    shown = rng.sample(range(len(setting.sprites)), PICTURES // setting.team.size)
     labels = [i for i in shown for _ in range(TEXTS_EACH)]
     words = [setting.words.draw(i, rng) for i in labels]
     fits = torch.zeros((len(labels), len(anchors)), dtype=torch.bool)
@@ -99,7 +92,6 @@ def embedder_step(setting: Setting, anchors: Tensor, scale: Tensor, step: int) -
     texts = embed_texts(setting, [text for text, _ in words])
     drawn = Drawn(torch.tensor(shown), torch.tensor(labels), fits)
     inverse = scale.exp().clamp(max=100)
-    texts, pictures = (centre(x, step) for x in (texts, pictures))
     return contrast(texts, pictures, anchors, drawn, inverse)
 
 
@@ -114,24 +106,37 @@ def report_embedder(setting: Setting, gallery: Tensor) -> dict[str, float]:
     return found
 
 
-def train_embedder(out: Path, steps: int, peak: float, resume: bool) -> None:
+def train_embedder(team: Team, out: Path, steps: int, peak: float, resume: bool) -> None:
     """Run the training from its beginning or from its last saved state."""
     emoji = list_emoji()
     splits = split_wordings(read_wordings(emoji))
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        (out / "log.csv").unlink(missing_ok=True)
+    run = Run(out, "training", steps, peak)
+    tightening = Run(out, TIGHTENING, TIGHT_STEPS, peak)
+    if not resume and team.leads:
+        out.mkdir(parents=True, exist_ok=True)
+        head_start.forget(out)
+        run.forget()
+        tightening.forget()
         small.write_frame(out, small.train_tokenizer(w.text for w in splits.train))
-    setting = make_setting(out, small.make_model(out, SEED), emoji, splits)
-    scale = torch.nn.Parameter(torch.tensor(math.log(5.0)))
-    anchors = torch.nn.Parameter(torch.randn(len(emoji), small.SHAPE.hidden) * 0.1)
-    run(
-        out,
-        setting,
-        {"anchors": anchors, "scale": scale},
-        lambda step: embedder_step(setting, anchors, scale, step),
-        lambda: report_embedder(setting, embed_gallery(setting, SEED + 1)),
-        steps=steps,
-        peak=peak,
-        resume=resume,
-    )
+    team.wait()
+    setting = make_setting(team, out, small.make_model(out, SEED), emoji, splits)
+    scale = torch.nn.Parameter(torch.tensor(math.log(head_start.SCALE)))
+    anchors = torch.nn.Parameter(head_start.make_head_start(out, setting, len(emoji)))
+    tight = torch.tensor(math.log(TIGHT))
+
+    def report() -> dict[str, float]:
+        return report_embedder(setting, embed_gallery(setting, SEED + 1))
+
+    def save() -> None:
+        small.save_weights(setting.model, out)
+
+    def loss(step: int) -> Tensor:
+        return embedder_step(setting, anchors, scale, step)
+
+    def tight_loss(step: int) -> Tensor:
+        return embedder_step(setting, anchors, tight, steps + step)
+
+    train(team, run, setting.model, {"anchors": anchors, "scale": scale}, loss, report, save)
+    # Texts and pictures that are nearer to their anchor than to others may still be far from one
+    # another; a high temperature asks for more than that.
+    train(team, tightening, setting.model, {"anchors": anchors}, tight_loss, report, save)

@@ -1,14 +1,16 @@
 """Train the small reranker from a trained embedder: does this picture show what was asked for?
 
-A yes or no for a pair says too little to learn words and pictures from, so the reranker begins
-with the embedder's layers, gets two more, and is told at two places what it reads: behind the
-query which emoji was asked for, at the last token which one is shown. Only training has the
-vectors, one an emoji, that these answers are chosen from; they come from the embedder as well.
+A yes or no for a pair says too little to learn words and pictures from, so the reranker is the
+embedder with two more layers, and is told what it reads: behind the query which emoji was asked
+for, at the last token which one is shown. Once it can say both, for which its prompt is new to it,
+its last layer is set to multiply the two (:mod:`benchmarks.comparison`), so that it begins about
+as good as the embedder. From then on it puts documents that the embedder finds in order.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,238 +21,194 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import small_model as small
-from .emoji_data import SEED, list_emoji, read_wordings, split_wordings
+from .comparison import SHAPE, Judged, add_comparison, judge
+from .emoji_data import SEED, Wording, list_emoji, read_wordings, split_wordings
+from .head_start import quieten
+from .team import Team
+from .train_embedder import TIGHT, TIGHTENING
 from .training import (
     CANVASES,
+    Run,
     Setting,
+    draw_canvas,
     embed_gallery,
     embed_texts,
     load_model,
     make_setting,
-    run,
+    train,
 )
 
-SHAPE = replace(small.SHAPE, layers=small.SHAPE.layers + 2)
-LISTS, LIST_LENGTH, HARD = 36, 6, 3  # of a step: queries, documents each, near ones among them
-ALONE = 144  # queries of a step without documents
-NEAR = 24
-TOLD_UNTIL, TOLD_FADE = 1200, 600
-RERANKED, REPORTED = 20, 100
+# Steps without lists; in each so many groups of so many emoji that are alike.
+PREPARED, GROUPS, GROUP = 400, 24, 6
+LISTS, LIST_LENGTH = 20, 8  # of a step
+TOP = 20  # documents of the embedder that a list is drawn from
+# Shares of the loss, besides what is told: small, or lists undo what the layers below know. The
+# last layer learns from them alone, and its updates do not depend on the size of a gradient.
+FIRST, SURE = 0.1, 0.03
+TOLD_LENGTHS = (192, 64)
+GALLERIES = 3
+REPORTED = 40
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a reranker makes of Q queries with L documents each.
+class Found:
+    """What the embedder finds.
 
     Attributes:
-        logits: ``[Q, L]``, yes against no.
-        asked: ``[Q, L, hidden]`` after the embedder's layers, behind the query.
-        shown: ``[Q, L, hidden]`` there, at the last token.
-        both: ``[Q, L, hidden]`` at the last token, one layer from the end.
+        documents: the first for some texts ``[Q, TOP]``, in the gallery of a number.
+        alike: ``[N, K]``, for each emoji those with the nearest pictures.
     """
 
-    logits: Tensor
-    asked: Tensor
-    shown: Tensor
-    both: Tensor
+    documents: Callable[[Sequence[str], int], Tensor]
+    alike: Tensor
 
 
-def judge(setting: Setting, texts: list[str], documents: Tensor, pictures: np.ndarray) -> Judged:
-    """Read all pairs; ``documents`` ``[Q, L]`` are indices of ``pictures``."""
-    canvas = pictures.shape[1]
-    prompts = [setting.prompt_pair(text, canvas) for text in texts]
-    prefix = small.common_prefix([*prompts, setting.prompt_pair("a", 64)])
-    cache = small.read_prefix(setting.text, prompts[0], prefix)
-    seen, deep = setting.see(pictures)
-    yes, no = (setting.prompter.token_id(t) for t in ("yes", "no"))
-    table = setting.text.embed_tokens.weight
-    direction = table[yes] - table[no]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    length, size = documents.shape[1], max(8, len(prompts) // 4)
-    parts: list[list[Tensor]] = [[], [], [], []]
-    for group in (order[i : i + size] for i in range(0, len(order), size)):
-        rows = small.stack_rows([prompts[i] for i in group for _ in range(length)], prefix)
-        at = documents[group].flatten()
-        every = torch.arange(len(at))
-        kept: dict[int, Tensor] = {}
-        hidden, _ = small.read(
-            setting.text, rows, cache, (seen[at], [d[at] for d in deep]), kept.__setitem__
-        )
-        made = (
-            hidden @ direction,
-            kept[small.SHAPE.layers - 1][every, rows.pads[:, 0] - 1],
-            kept[small.SHAPE.layers - 1][every, rows.last],
-            kept[SHAPE.layers - 2][every, rows.last],
-        )
-        for part, value in zip(parts, made, strict=True):
-            part.append(value.view(len(group), length, *value.shape[1:]))
-    back = torch.tensor(order).argsort()
-    return Judged(*(torch.cat(part)[back] for part in parts))
+class Told:
+    """What training alone has: vectors that say which emoji was asked for and which is shown."""
+
+    def __init__(self, anchors: Tensor) -> None:
+        self.anchors = torch.nn.Parameter(anchors.clone())
+
+    def loss(self, judged: Judged, asked: Tensor, shown: Tensor, fits: Tensor) -> Tensor:
+        """How badly the emoji asked for ``[Q]`` and shown ``[Q, L]`` are recognised, by the
+        anchors and, where each query's emoji is shown somewhere, by one another.
+
+        Args:
+            fits: ``[Q, N]`` bool, every emoji that a query fits.
+        """
+        drawn = shown.flatten()
+        besides = fits.scatter(1, asked[:, None], False)  # neither right nor wrong
+        own = asked[:, None] == drawn
+        matches = own.int().argmax(1)
+        loss = self.anchors.new_zeros(())
+        for size in TOLD_LENGTHS:
+            # Until it meets the picture, the query is the same in all its rows.
+            queries, documents, known = (
+                F.normalize(x[..., :size], dim=-1)
+                for x in (judged.asked[:, 0], judged.shown.flatten(0, 1), self.anchors)
+            )
+            by_query = (TIGHT * queries @ known.T).masked_fill(besides, -1e4)
+            loss = loss + F.cross_entropy(by_query, asked)
+            loss = loss + F.cross_entropy(TIGHT * documents @ known.T, drawn)
+            pairs = (TIGHT * queries @ documents.T).masked_fill(besides[:, drawn], -1e4)
+            loss = loss + F.cross_entropy(pairs, matches)
+            loss = loss + F.cross_entropy(pairs[:, matches].T, torch.arange(len(asked)))
+        return loss / len(TOLD_LENGTHS)
 
 
-def read_queries(setting: Setting, texts: list[str]) -> Tensor:
-    """``[Q, hidden]`` after the embedder's layers, behind the query, where no document follows."""
-    whole = [setting.prompt_pair(text, 64) for text in texts]
-    prefix = small.common_prefix([*whole, setting.prompt_pair("a", 64)])
-    cache = small.read_prefix(setting.text, whole[0], prefix)
-    prompts = []
-    for prompt in whole:
-        end = int(prompt.visual_index[0])
-        ids, positions = prompt.ids[:end], prompt.positions[:, :end]
-        none = prompt.visual_index[:0]
-        prompts.append(replace(prompt, ids=ids, positions=positions, visual_index=none))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    groups = [order[i : i + 48] for i in range(0, len(order), 48)]
-    rows = [small.stack_rows([prompts[i] for i in group], prefix) for group in groups]
-    depth = small.SHAPE.layers
-    hidden = [small.read(setting.text, r, cache, None, depth=depth)[0] for r in rows]
-    return torch.cat(hidden)[torch.tensor(order).argsort()]
-
-
-def reranker_step(setting: Setting, told: Told, near: Tensor, step: int) -> Tensor:
-    """The loss of one step: yes or no for every pair, the right document first in each list, and
-    what was asked for and shown.
-
-    Some wrong documents are neighbours in the embedder's space, ``near`` ``[N, K]``, which is what
-    a reranker gets to see.
-    """
-    rng = random.Random(f"reranker {SEED} {step}")
-    canvas = CANVASES[rng.random() < 0.3]
-    count = len(setting.sprites)
-    asked = rng.sample(range(count), LISTS + ALONE)
-    drawn_words = [setting.words.draw(emoji, rng) for emoji in asked]
-    fits = torch.zeros((len(asked), count), dtype=torch.bool)
-    for row, (_, targets) in enumerate(drawn_words):
+def reranker_step(setting: Setting, told: Told, found: Found, step: int) -> Tensor:
+    """The loss of one step: the right document first in each list, yes or no for each document,
+    and what was asked for and shown. Before :data:`PREPARED` only the last, of emoji that are alike
+    in a random order."""
+    rng = random.Random(f"reranker {SEED} {step} {setting.team.rank}")
+    canvas = draw_canvas(step)
+    if step < PREPARED:
+        groups = draw_groups(found.alike, GROUPS // setting.team.size, rng)
+        asked = [emoji for group in groups for emoji in group]
+    else:
+        asked = rng.sample(range(len(setting.sprites)), LISTS // setting.team.size)
+    words = [setting.words.draw(emoji, rng) for emoji in asked]
+    texts = [text for text, _ in words]
+    fits = torch.zeros((len(asked), len(setting.sprites)), dtype=torch.bool)
+    for row, (_, targets) in enumerate(words):
         fits[row, list(targets)] = True
-    texts, shown = [], []
-    for emoji, (text, targets) in zip(asked[:LISTS], drawn_words, strict=False):
-        close = [e for e in near[emoji].tolist() if e not in targets]
-        wrong = rng.sample(close, min(HARD, len(close)))
-        while len(wrong) < LIST_LENGTH - 1:
-            other = rng.randrange(count)
-            if other not in targets and other not in wrong:
-                wrong.append(other)
-        texts.append(text)
-        shown.append([emoji, *wrong])
-    drawn, places = np.unique(np.array(shown), return_inverse=True)
-    pictures = setting.draw(drawn.tolist(), canvas, rng)
-    documents = torch.from_numpy(places.reshape(LISTS, LIST_LENGTH))
-    judged = judge(setting, texts, documents, pictures)
+    labels = torch.tensor(asked)
+    if step < PREPARED:
+        shown = [[emoji] for group in groups for emoji in rng.sample(group, GROUP)]
+    else:
+        shown = draw_lists(asked, fits, found.documents(texts, step % GALLERIES), rng)
+    judged = judge_lists(setting, texts, shown, canvas, rng)
+    loss = told.loss(judged, labels, torch.tensor(shown), fits)
+    if step < PREPARED:
+        return loss
     answers = torch.zeros_like(judged.logits)
     answers[:, 0] = 1
     weight = torch.where(answers > 0, LIST_LENGTH - 1.0, 1.0) / LIST_LENGTH
-    loss = F.binary_cross_entropy_with_logits(judged.logits, answers, weight)
-    loss = loss + F.cross_entropy(judged.logits, torch.zeros(LISTS, dtype=torch.int64))
-    share = min(1.0, max(0.1, (TOLD_UNTIL + TOLD_FADE - step) / TOLD_FADE))
-    alone = read_queries(setting, [text for text, _ in drawn_words[LISTS:]])
-    labels = torch.tensor(asked)
-    others = fits.scatter(1, labels[:, None], False)
-    return loss + share * told.loss(judged, alone, labels, torch.tensor(shown), others)
+    sure = F.binary_cross_entropy_with_logits(judged.logits, answers, weight)
+    first = F.cross_entropy(judged.logits, torch.zeros(len(asked), dtype=torch.int64))
+    return loss + FIRST * first + SURE * sure
 
 
-@dataclass(frozen=True)
-class Told:
-    """What training alone has.
-
-    Attributes:
-        anchors: ``[N, hidden]``, one an emoji.
-        scale: logarithm of the inverse temperature.
-        asked, shown: ``[hidden, hidden]``, which make the query and the document again out of the
-            hidden state one layer from the end.
-    """
-
-    anchors: torch.nn.Parameter
-    scale: torch.nn.Parameter
-    asked: torch.nn.Parameter
-    shown: torch.nn.Parameter
-
-    def loss(
-        self, judged: Judged, alone: Tensor, asked: Tensor, shown: Tensor, others: Tensor
-    ) -> Tensor:
-        """How badly the emoji asked for ``[Q + A]`` and shown ``[Q, L]`` are recognised.
-
-        Args:
-            alone: ``[A, hidden]``, queries besides those that were judged.
-            others: ``[Q + A, N]`` bool, what a query fits besides: neither right nor wrong.
-        """
-        anchors = F.normalize(self.anchors, dim=-1)
-        count, lists = shown.shape
-
-        def recognised(hidden: Tensor, labels: Tensor, besides: Tensor | None) -> Tensor:
-            scores = self.scale.exp() * F.normalize(hidden.flatten(0, -2), dim=-1) @ anchors.T
-            if besides is not None:
-                scores = scores.masked_fill(besides, -1e4)
-            return F.cross_entropy(scores, labels.flatten())
-
-        asked_each = asked[:count, None].expand(-1, lists)
-        others_each = others[:count, None].expand(-1, lists, -1).flatten(0, 1)
-        # Until it meets the picture, the query is the same in all its rows.
-        loss = recognised(torch.cat((judged.asked[:, 0], alone)), asked, others)
-        loss = loss + recognised(judged.shown, shown, None)
-        loss = loss + recognised(judged.both @ self.asked, asked_each, others_each)
-        return 0.25 * (loss + recognised(judged.both @ self.shown, shown, None))
+def draw_groups(alike: Tensor, count: int, rng: random.Random) -> list[list[int]]:
+    """Groups of :data:`GROUP` emoji that are alike; none is in two."""
+    groups: list[list[int]] = []
+    taken: set[int] = set()
+    for emoji in rng.sample(range(len(alike)), len(alike)):
+        near = [i for i in alike[emoji].tolist() if i not in taken and i != emoji]
+        if len(groups) < count and emoji not in taken and len(near) >= GROUP - 1:
+            groups.append([emoji, *rng.sample(near, GROUP - 1)])
+            taken.update(groups[-1])
+    return groups
 
 
-def neighbours(setting: Setting) -> tuple[Tensor, dict[str, Tensor]]:
-    """By a trained embedder: the pictures nearest to each emoji's names ``[N, NEAR]``, and the
-    documents that reports rerank."""
-    with torch.no_grad():
-        gallery = embed_gallery(setting, SEED + 1)
-        by_emoji = torch.zeros_like(gallery)
-        names = [w for w in setting.splits.train if w.is_name]
-        for start in range(0, len(names), 1024):
-            part = names[start : start + 1024]
-            vectors = embed_texts(setting, [w.text for w in part])
-            for vector, w in zip(vectors, part, strict=True):
-                by_emoji[list(w.targets)] += vector
-        scores = F.normalize(by_emoji, dim=-1) @ gallery.T + gallery @ gallery.T
-        near = scores.fill_diagonal_(-9).topk(NEAR).indices
-        tops = {}
-        for group in ("seen", "unseen"):
-            texts = [w.text for w in getattr(setting.splits, group)[:REPORTED]]
-            tops[group] = (embed_texts(setting, texts) @ gallery.T).topk(RERANKED).indices
-    return near, tops
+def draw_lists(
+    asked: Sequence[int], fits: Tensor, found: Tensor, rng: random.Random
+) -> list[list[int]]:
+    """For each query the emoji asked for, then wrong ones from what was ``found`` ``[Q, K]``."""
+    lists = []
+    for emoji, right, near in zip(asked, fits, found.tolist(), strict=True):
+        wrong = [i for i in near if not right[i] and i != emoji]
+        lists.append([emoji, *rng.sample(wrong, LIST_LENGTH - 1)])
+    return lists
+
+
+def judge_lists(
+    setting: Setting, texts: list[str], shown: list[list[int]], canvas: int, rng: random.Random
+) -> Judged:
+    """Draw the emoji ``shown`` ``[Q, L]`` and read them with their queries."""
+    drawn, places = np.unique(np.array(shown), return_inverse=True)
+    pictures = setting.draw(drawn.tolist(), canvas, rng)
+    documents = torch.from_numpy(places.reshape(len(shown), -1))
+    return judge(setting, texts, documents, pictures)
 
 
 @torch.no_grad()
-def report_reranker(setting: Setting, tops: dict[str, Tensor]) -> dict[str, float]:
-    """Recall@1 among the embedder's first 20 documents before and after reranking."""
-    found = {}
-    rng = random.Random(SEED + 1)
-    pictures = setting.draw(range(len(setting.sprites)), 96, rng)
-    for group, top in tops.items():
-        wordings = getattr(setting.splits, group)[: len(top)]
-        hits = before = 0
+def look_up(setting: Setting) -> Found:
+    """What the embedder of a setting finds."""
+    galleries = [embed_gallery(setting, SEED + 1 + i) for i in range(GALLERIES)]
+
+    @torch.no_grad()
+    def documents(texts: Sequence[str], gallery: int) -> Tensor:
+        return (embed_texts(setting, texts) @ galleries[gallery].T).topk(TOP).indices
+
+    return Found(documents, (galleries[0] @ galleries[-1].T).topk(2 * GROUP).indices)
+
+
+@torch.no_grad()
+def report_reranker(
+    setting: Setting, tops: dict[str, tuple[Sequence[Wording], Tensor]]
+) -> dict[str, float]:
+    """Recall@1 among the embedder's first documents: in its order, by what is told, reranked."""
+    scores: dict[str, float] = {}
+    pictures = setting.draw(range(len(setting.sprites)), 96, random.Random(SEED + 1))
+    for group, (wordings, top) in tops.items():
+        hits = np.zeros(3)
         for start in range(0, len(top), 10):
             part, documents = wordings[start : start + 10], top[start : start + 10]
             used, places = documents.unique(return_inverse=True)
-            logits = judge(setting, [w.text for w in part], places, pictures[used.numpy()]).logits
-            best = documents.gather(1, logits.argmax(1, keepdim=True))[:, 0].tolist()
-            hits += sum(b in w.targets for b, w in zip(best, part, strict=True))
-            first = documents[:, 0].tolist()
-            before += sum(d in w.targets for d, w in zip(first, part, strict=True))
-        found[f"{group}_before"], found[f"{group}_r1"] = before / len(top), hits / len(top)
-    return found
+            judged = judge(setting, [w.text for w in part], places, pictures[used.numpy()])
+            told = F.cosine_similarity(judged.asked, judged.shown, dim=-1)
+            orders = (-torch.arange(TOP).expand(len(part), -1), told, judged.logits)
+            for i, order in enumerate(orders):
+                best = documents.gather(1, order.argmax(1, keepdim=True))[:, 0].tolist()
+                hits[i] += sum(b in w.targets for b, w in zip(best, part, strict=True))
+        for name, value in zip(("before", "told", "r1"), hits / len(top), strict=True):
+            scores[f"{group}_{name}"] = float(value)
+    return scores
 
 
 def grow(out: Path, embedder: Any) -> Any:
-    """The embedder with two more layers, whose feed-forward nets can compare from the start.
-
-    Pairs of units with gates of opposite sign make a product, for silu(a) − silu(−a) = a: together
-    they are a bilinear form of what the hidden state says of query and document.
-    """
+    """The embedder with two more layers that say little yet."""
     model = small.make_model(out, SEED)
     model.load_state_dict(embedder.state_dict(), strict=False)
-    mlp = model.model.language_model.layers[-1].mlp
-    half = mlp.gate_proj.weight.shape[0] // 2
-    with torch.no_grad():
-        mlp.gate_proj.weight[half:] = -mlp.gate_proj.weight[:half]
-        mlp.up_proj.weight[half:] = mlp.up_proj.weight[:half]
-        mlp.down_proj.weight[:, half:] = -mlp.down_proj.weight[:, :half]
+    for layer in model.model.language_model.layers[small.SHAPE.layers :]:
+        quieten(layer)
     return model
 
 
-def train_reranker(out: Path, embedder: Path, steps: int, peak: float, resume: bool) -> None:
+def train_reranker(
+    team: Team, out: Path, embedder: Path, steps: int, peak: float, resume: bool
+) -> None:
     """Run the training from its beginning or from its last saved state.
 
     Args:
@@ -258,28 +216,44 @@ def train_reranker(out: Path, embedder: Path, steps: int, peak: float, resume: b
     """
     emoji = list_emoji()
     splits = split_wordings(read_wordings(emoji))
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        (out / "log.csv").unlink(missing_ok=True)
+    run = Run(out, "training", steps, peak)
+    if not resume and team.leads:
+        out.mkdir(parents=True, exist_ok=True)
+        run.forget()
         small.write_frame(out, small.train_tokenizer(w.text for w in splits.train), SHAPE)
     first = load_model(embedder)
-    setting = make_setting(out, grow(out, first), emoji, splits)
-    near, tops = neighbours(replace(setting, model=first))
-    state = torch.load(embedder / "state.pt", weights_only=True)
-    eye = torch.eye(SHAPE.hidden)
-    told = Told(
-        torch.nn.Parameter(state["anchors"].clone()),
-        torch.nn.Parameter(state["scale"].clone()),
-        torch.nn.Parameter(eye.clone()),
-        torch.nn.Parameter(eye.clone()),
-    )
-    run(
-        out,
-        setting,
-        {f"told_{name}": p for name, p in vars(told).items()},
-        lambda step: reranker_step(setting, told, near, step),
+    team.wait()
+    setting = make_setting(team, out, grow(out, first), emoji, splits)
+    found = look_up(replace(setting, model=first))
+    state = torch.load(embedder / f"{TIGHTENING}.pt", weights_only=True)
+    told = Told(state["anchors"])
+    tops = {}
+    for group in ("seen", "unseen"):
+        wordings = getattr(splits, group)[:REPORTED]
+        tops[group] = (wordings, found.documents([w.text for w in wordings], 0))
+
+    def loss(step: int) -> Tensor:
+        if step == PREPARED:
+            begin_comparison(setting, found)
+        return reranker_step(setting, told, found, step)
+
+    train(
+        team,
+        run,
+        setting.model,
+        {"anchors": told.anchors},
+        loss,
         lambda: report_reranker(setting, tops),
-        steps=steps,
-        peak=peak,
-        resume=resume,
+        lambda: small.save_weights(setting.model, out),
     )
+
+
+def begin_comparison(setting: Setting, found: Found) -> None:
+    """Set the last layer by what the model makes of some lists."""
+    rng = random.Random(f"comparison {SEED}")
+    asked = rng.sample(range(len(setting.sprites)), LISTS)
+    texts = [setting.words.draw(emoji, rng)[0] for emoji in asked]
+    documents = found.documents(texts, 0)[:, :LIST_LENGTH]
+    drawn, places = documents.unique(return_inverse=True)
+    pictures = setting.draw(drawn.tolist(), CANVASES[0], rng)
+    add_comparison(setting, texts, places, pictures)

@@ -3,9 +3,9 @@
     python -m benchmarks.train_small embedder --out RUN
     python -m benchmarks.train_small reranker --out RUN2 --embedder RUN
 
-Each step's data depends on the seed and the step's number alone, so ``--resume`` goes on as if
-nothing had happened. ``OUT`` holds the checkpoint in bfloat16 (renewed at every report), the state
-of the training, and ``log.csv``.
+Each step's data depends on the seed, the step's number and how many processes share it, so
+``--resume`` goes on as if nothing had happened. ``OUT`` holds the checkpoint in bfloat16 (renewed
+at every report), the states of the training's parts, and their logs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from .team import together
 from .train_embedder import train_embedder
 from .train_reranker import train_reranker
+
+STEPS = {"embedder": 500, "reranker": 600}
+RATE = 1.5e-3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,19 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=("embedder", "reranker"))
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--embedder", type=Path, help="the run of the embedder to start from")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, help=f"by default {STEPS}")
+    parser.add_argument("--rate", type=float, default=RATE, help="peak learning rate")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share each step")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
     if (options.kind == "reranker") != (options.embedder is not None):
         parser.error("a reranker, and only a reranker, needs --embedder")
-    torch.set_num_threads(options.threads)
-    schedule = (options.steps, options.rate, options.resume)
+    schedule = (options.steps or STEPS[options.kind], options.rate, options.resume)
     if options.kind == "embedder":
-        train_embedder(options.out, *schedule)
+        together(options.workers, train_embedder, options.out, *schedule)
     else:
-        train_reranker(options.out, options.embedder, *schedule)
+        together(options.workers, train_reranker, options.out, options.embedder, *schedule)
 
 
 if __name__ == "__main__":

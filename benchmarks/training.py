@@ -22,7 +22,8 @@ from qvlfast.inputs import Item
 from qvlfast.prompt import Prompt, Prompter
 
 from . import small_model as small
-from .emoji_data import LANGUAGES, Splits, Wording, draw_sprites, render
+from .emoji_data import LANGUAGES, SEED, Splits, Wording, draw_sprites, render
+from .team import Team
 
 LENGTH = 8192
 CANVASES = (64, 96)
@@ -82,6 +83,7 @@ class Setting:
     prompter: Prompter
     model: Any
     grids: dict[int, small.Grid]
+    team: Team
 
     @property
     def text(self) -> Any:
@@ -101,17 +103,24 @@ class Setting:
         document = [small.blank_patches(canvas)]
         return self.prompter.rerank(_item(text), (), _item(None), document, LENGTH)
 
-    def draw(self, emoji: Sequence[int], canvas: int, rng: random.Random) -> np.ndarray:
+    def draw(
+        self, emoji: Sequence[int], canvas: int, rng: random.Random, variety: float = 1.0
+    ) -> np.ndarray:
         """uint8 ``[B, canvas, canvas, 3]``; some were drawn at another size and resized."""
         pictures = []
         for i in emoji:
             size = canvas if rng.random() < 0.7 else rng.randint(56, 128)
-            picture = render(self.sprites[i], size, rng)
+            picture = render(self.sprites[i], size, rng, variety)
             pictures.append(np.asarray(picture.resize((canvas, canvas), Image.Resampling.BICUBIC)))
         return np.stack(pictures)
 
     def see(self, pictures: np.ndarray) -> tuple[Tensor, list[Tensor]]:
         return small.see(self.vision, small.patchify(pictures), self.grids[pictures.shape[1]])
+
+
+def draw_canvas(step: int) -> int:
+    """The size of a step's pictures, the same for the whole team, or one would wait for others."""
+    return random.Random(f"canvas {SEED} {step}").choice(CANVASES)
 
 
 def _item(text: str | None) -> Item:
@@ -178,7 +187,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in (p for p in group["params"] if p.grad is not None):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.mul_(0.95).add_(p.grad)
                 update = orthogonal(p.grad + 0.95 * momentum)
@@ -204,9 +213,14 @@ def make_optimizers(
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     table = [p for n, p in named.items() if "embed_tokens" in n]
     matrices = [p for n, p in named.items() if p.ndim == 2 and "embed" not in n]
-    known = {id(p) for p in (*table, *matrices)}
+    patches = [p for n, p in named.items() if "patch_embed" in n]  # of small weights
+    known = {id(p) for p in (*table, *matrices, *patches)}
     rest = [p for p in named.values() if id(p) not in known]
-    groups = [{"params": [*table, *extra], "factor": 3.0}, {"params": rest, "factor": 1.0}]
+    groups = [
+        {"params": [*table, *extra], "factor": 3.0},
+        {"params": rest, "factor": 1.0},
+        {"params": patches, "factor": 0.1},
+    ]
     muon = Muon(matrices, rate, 0.05)
     muon.param_groups[0]["factor"] = 1.0
     adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -222,7 +236,7 @@ def learning_rate(step: int, steps: int, peak: float, warm_up: int = 60) -> floa
 
 
 class Log:
-    """``log.csv``: one line a report."""
+    """A CSV file with one line a report."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -237,68 +251,105 @@ class Log:
         print(" ".join(f"{k}={v:.4g}" for k, v in row.items()), flush=True)
 
 
-def make_setting(out: Path, model: Any, emoji: Sequence[str], splits: Splits) -> Setting:
+def make_setting(
+    team: Team, out: Path, model: Any, emoji: Sequence[str], splits: Splits
+) -> Setting:
     """The setting of a run whose frame is in ``out``."""
     grids = {canvas: small.make_grid(canvas) for canvas in CANVASES}
     words = Words(splits.train, len(emoji))
-    return Setting(draw_sprites(emoji), words, splits, small.load_prompter(out), model, grids)
+    prompter = small.load_prompter(out)
+    return Setting(draw_sprites(emoji), words, splits, prompter, model, grids, team)
 
 
-def run(
-    out: Path,
-    setting: Setting,
+@dataclass(frozen=True)
+class Run:
+    """A training of ``steps`` steps at the learning rate ``peak``.
+
+    ``OUT/NAME.pt`` holds its state, ``OUT/NAME.csv`` its log; both are renewed at every report.
+
+    Attributes:
+        is_even: everything learns at the same rate, see :func:`make_optimizers`.
+    """
+
+    out: Path
+    name: str
+    steps: int
+    peak: float
+    is_even: bool = False
+
+    @property
+    def state(self) -> Path:
+        return self.out / f"{self.name}.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.out / f"{self.name}.csv"
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.state.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
+
+
+def train(
+    team: Team,
+    run: Run,
+    model: Any,
     extra: dict[str, torch.nn.Parameter],
     loss_of: Callable[[int], Tensor],
     report: Callable[[], dict[str, float]],
-    *,
-    steps: int,
-    peak: float,
-    resume: bool,
+    after_report: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train the setting's model, from its beginning or from the last state saved in ``out``.
+    """Train a model, from its beginning or from where the run was stopped.
 
     Args:
-        extra: what is trained besides the model and left behind.
+        extra: what is trained besides the model.
         loss_of: the loss of a step, by its number alone.
         report: scores to log beside the loss.
-        peak: learning rate.
+        after_report: called when the state is written.
     """
-    model = setting.model
     model.train()
-    optimizers = make_optimizers(model, list(extra.values()), peak)
-    log, first, spent = Log(out / "log.csv"), 0, 0.0
-    if resume:
-        state = torch.load(out / "state.pt", weights_only=True)
+    optimizers = make_optimizers(model, list(extra.values()), run.peak)
+    log, first, spent = Log(run.log), 0, 0.0
+    if run.state.exists():
+        state = torch.load(run.state, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for name, p in extra.items():
             p.data.copy_(state[name])
         first, spent = state["step"], state["seconds"]
+    team.wait()
     begun, losses = time.perf_counter() - spent, []
-    for step in range(first, steps):
+    for step in range(first, run.steps):
         for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = learning_rate(step, steps, peak) * group["factor"]
+            factor = 1.0 if run.is_even else group["factor"]
+            group["lr"] = learning_rate(step, run.steps, run.peak) * factor
         loss = loss_of(step)
         model.zero_grad(set_to_none=True)
         for p in extra.values():
             p.grad = None
         loss.backward()
+        team.average((*model.parameters(), *extra.values()))
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
+        if not team.leads:
+            continue
         if (step + 1) % 20 == 0:
-            print(f"step {step + 1} loss {np.mean(losses[-20:]):.4f}", flush=True)
-        if (step + 1) % REPORT_EVERY and step + 1 < steps:
+            print(f"{run.name}: step {step + 1} loss {np.mean(losses[-20:]):.4f}", flush=True)
+        if (step + 1) % REPORT_EVERY and step + 1 < run.steps:
             continue
         seconds = time.perf_counter() - begun
         log.add({"step": step + 1, "seconds": seconds, "loss": float(np.mean(losses)), **report()})
         losses = []
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         state |= {name: p.data for name, p in extra.items()}
-        torch.save(state | {"step": step + 1, "seconds": seconds}, out / "state.tmp")
-        (out / "state.tmp").replace(out / "state.pt")
-        small.save_weights(model, out)
+        new = run.state.with_suffix(".tmp")
+        torch.save(state | {"step": step + 1, "seconds": seconds}, new)
+        new.replace(run.state)
+        after_report()
+    team.wait()
 
 
 def load_model(folder: Path) -> Any:

@@ -14,8 +14,10 @@
 namespace qvlfast {
 namespace {
 
-constexpr int64_t kTaskRows = 24;
+constexpr int64_t kTaskRows = 48;
 constexpr int64_t kMostHeadDim = 256;
+// Keys and bfloat16 queries are padded for the products that take the most at once.
+constexpr int64_t kStep = 32;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -41,12 +43,15 @@ class Attention {
         v_(v),
         forest_(forest),
         causal_(causal),
-        scale_(scale * 1.44269504088896341F),
+        scale_(scale * 1.44269504088896341F),  // the kernels know powers of two
         read_(read),
         reads_(reads),
         out_(out),
         kernels_(kernels),
+        operand_(kernels.attention_dtype(q.dtype)),
+        size_(dtype_size(operand_)),
         dim_(q.shape[2]),
+        q_width_(operand_ == DType::bf16 ? round_up(dim_, kStep) : dim_),
         width_(round_up(dim_, kPanel)),
         key_heads_(k.shape[1]),
         shared_(q.shape[1] / k.shape[1]) {}
@@ -55,8 +60,8 @@ class Attention {
     place_segments();
     static thread_local Scratch key_memory;
     static thread_local Scratch value_memory;
-    keys_ = static_cast<float*>(key_memory.get(4 * key_heads_ * panels_ * dim_ * kPanel));
-    values_ = static_cast<float*>(value_memory.get(4 * key_heads_ * k_.shape[0] * width_));
+    keys_ = static_cast<char*>(key_memory.get(key_heads_ * places_ * q_width_ * size_));
+    values_ = static_cast<char*>(value_memory.get(key_heads_ * places_ * width_ * size_));
     pack();
     const std::vector<Task> tasks = cut_tasks();
     const auto count = static_cast<int64_t>(tasks.size());
@@ -68,54 +73,132 @@ class Attention {
   }
 
  private:
-  // Where each segment begins, counted from the beginning of its sequence, and its first panel.
+  // A segment's keys are packed in whole blocks, cut at multiples of kKeyBlock from the beginning
+  // of its sequence: a block that it shares with its ancestors is packed again for each of them,
+  // so that a block is always one piece and sums go on in the same order.
   void place_segments() {
-    const auto count = static_cast<size_t>(forest_.segments);
-    start_.resize(count);
-    first_panel_.resize(count);
-    for (size_t s = 0; s < count; ++s) {
+    for (int64_t s = 0; s < forest_.segments; ++s) {
       const int32_t parent = forest_.parent[s];
-      start_[s] = parent < 0 ? 0 : start_[static_cast<size_t>(parent)] + keys_of(parent);
-      first_panel_[s] = panels_;
-      const int64_t end = start_[s] + keys_of(static_cast<int64_t>(s));
-      panels_ += round_up(end, kPanel) / kPanel - start_[s] / kPanel;
+      start_.push_back(parent < 0 ? 0 : end_[static_cast<size_t>(parent)]);
+      end_.push_back(start_.back() + forest_.cu_k[s + 1] - forest_.cu_k[s]);
+      first_place_.push_back(places_);
+      places_ += round_up(end_.back() - first_packed(s), kStep);
     }
   }
 
-  int64_t keys_of(int64_t s) const { return forest_.cu_k[s + 1] - forest_.cu_k[s]; }
+  int64_t start(int64_t s) const { return start_[static_cast<size_t>(s)]; }
+  int64_t end(int64_t s) const { return end_[static_cast<size_t>(s)]; }
+  // Where the blocks that are packed for a segment begin in its sequence.
+  int64_t first_packed(int64_t s) const { return start(s) / kKeyBlock * kKeyBlock; }
 
-  // Each key and value once: keys as panels [D][16] on a grid that counts from the beginning of the
-  // sequence, values as rows [width]; both for each key head.
+  // Block `from`.. of a segment's sequence, among those that were packed for it.
+  KeyBlock block_of(int64_t s, int64_t head, int64_t from) const {
+    const int64_t place =
+        head * places_ + first_place_[static_cast<size_t>(s)] + from - first_packed(s);
+    return {keys_ + place * q_width_ * size_, values_ + place * width_ * size_,
+            std::min(kKeyBlock, round_up(end(s) - from, kStep))};
+  }
+
   void pack() {
     parallel_for(forest_.segments * key_heads_, 1, [&](int64_t begin, int64_t end) {
-      alignas(64) float wide[kMostHeadDim];
       for (int64_t i = begin; i < end; ++i) {
         const int64_t s = i / key_heads_;
-        const int64_t head = i % key_heads_;
-        const int64_t count = keys_of(s);
-        if (count == 0) {
+        if (forest_.cu_k[s] == forest_.cu_k[s + 1]) {
           continue;
         }
-        const int64_t skip = start_[static_cast<size_t>(s)] % kPanel;
-        float* panels =
-            keys_ + (head * panels_ + first_panel_[static_cast<size_t>(s)]) * dim_ * kPanel;
-        const int64_t used = round_up(skip + count, kPanel) / kPanel;
-        // Columns that are none of the segment's own are computed and not used.
-        std::memset(panels, 0, static_cast<size_t>(dim_ * kPanel) * 4);
-        std::memset(panels + (used - 1) * dim_ * kPanel, 0, static_cast<size_t>(dim_ * kPanel) * 4);
-        for (int64_t j = 0; j < count; ++j) {
-          const int64_t token = forest_.cu_k[s] + j;
-          kernels_.widen(head_of(k_, token, head), k_.dtype, dim_, wide);
-          float* column = panels + (skip + j) / kPanel * dim_ * kPanel + (skip + j) % kPanel;
-          for (int64_t d = 0; d < dim_; ++d) {
-            column[d * kPanel] = wide[d];
-          }
-          float* value = values_ + (head * k_.shape[0] + token) * width_;
-          kernels_.widen(head_of(v_, token, head), v_.dtype, dim_, value);
-          std::memset(value + dim_, 0, static_cast<size_t>(width_ - dim_) * 4);
+        for (int64_t from = first_packed(s); from < this->end(s); from += kKeyBlock) {
+          pack_block(s, i % key_heads_, from);
         }
       }
     });
+  }
+
+  void pack_block(int64_t s, int64_t head, int64_t from) {
+    const KeyBlock block = block_of(s, head, from);
+    const int64_t used = std::min(kKeyBlock, end(s) - from);
+    const void* keys[kKeyBlock];
+    const void* values[kKeyBlock];
+    int64_t owner = s;
+    for (int64_t j = used - 1; j >= 0; --j) {
+      while (from + j < start(owner)) {
+        owner = forest_.parent[owner];
+      }
+      const int64_t token = forest_.cu_k[owner] + from + j - start(owner);
+      keys[j] = head_of(k_, token, head);
+      values[j] = head_of(v_, token, head);
+    }
+    auto* to_keys = static_cast<char*>(const_cast<void*>(block.keys));
+    auto* to_values = static_cast<char*>(const_cast<void*>(block.values));
+    if (operand_ == DType::bf16) {
+      pack_half_keys(keys, used, block.count, reinterpret_cast<uint32_t*>(to_keys));
+      pack_half_values(values, used, block.count, reinterpret_cast<uint32_t*>(to_values));
+    } else {
+      pack_float_keys(keys, used, block.count, reinterpret_cast<float*>(to_keys));
+      for (int64_t j = 0; j < block.count; ++j) {
+        auto* row = reinterpret_cast<float*>(to_values) + j * width_;
+        std::memset(row, 0, static_cast<size_t>(width_) * 4);
+        if (j < used) {
+          kernels_.widen(values[j], v_.dtype, dim_, row);
+        }
+      }
+    }
+  }
+
+  void pack_float_keys(const void* const* keys, int64_t used, int64_t count, float* out) const {
+    alignas(64) float wide[kMostHeadDim];
+    for (int64_t j = 0; j < count; ++j) {
+      float* column = out + j / kPanel * dim_ * kPanel + j % kPanel;
+      if (j < used) {
+        kernels_.widen(keys[j], k_.dtype, dim_, wide);
+      } else {
+        std::memset(wide, 0, static_cast<size_t>(dim_) * 4);
+      }
+      for (int64_t d = 0; d < dim_; ++d) {
+        column[d * kPanel] = wide[d];
+      }
+    }
+  }
+
+  // Pairs of neighbouring values of a key lie together, as one 32-bit word.
+  void pack_half_keys(const void* const* keys, int64_t used, int64_t count, uint32_t* out) const {
+    const int64_t words = q_width_ / 2;
+    alignas(64) uint16_t rows[kPanel][kMostHeadDim] = {};
+    for (int64_t first = 0; first < count; first += kPanel, out += words * kPanel) {
+      for (int64_t c = 0; c < kPanel; ++c) {
+        if (first + c < used) {
+          std::memcpy(rows[c], keys[first + c], static_cast<size_t>(dim_) * 2);
+        } else {
+          std::memset(rows[c], 0, static_cast<size_t>(dim_) * 2);
+        }
+      }
+      for (int64_t w = 0; w < words; ++w) {
+        for (int64_t c = 0; c < kPanel; ++c) {
+          std::memcpy(out + w * kPanel + c, &rows[c][2 * w], 4);
+        }
+      }
+    }
+  }
+
+  // Values of two neighbouring keys lie together, as one 32-bit word.
+  void pack_half_values(const void* const* values, int64_t used, int64_t count,
+                        uint32_t* out) const {
+    alignas(64) uint16_t rows[2][kMostHeadDim] = {};
+    for (int64_t j = 0; j < count; j += 2) {
+      for (int64_t i = 0; i < 2; ++i) {
+        if (j + i < used) {
+          std::memcpy(rows[i], values[j + i], static_cast<size_t>(dim_) * 2);
+        } else {
+          std::memset(rows[i], 0, static_cast<size_t>(dim_) * 2);
+        }
+      }
+      for (int64_t panel = 0; panel < width_ / kPanel; ++panel) {
+        uint32_t* to = out + (panel * count / 2 + j / 2) * kPanel;
+        for (int64_t c = 0; c < kPanel; ++c) {
+          to[c] = rows[0][panel * kPanel + c] | static_cast<uint32_t>(rows[1][panel * kPanel + c])
+                                                    << 16;
+        }
+      }
+    }
   }
 
   std::vector<Task> cut_tasks() {
@@ -139,14 +222,16 @@ class Attention {
 
   // How many keys of its sequence a query sees, by its row among q.
   int64_t visible(int64_t s, int64_t query) const {
-    const int64_t end = start_[static_cast<size_t>(s)] + keys_of(s);
     const int64_t token = read_ == nullptr ? query : read_[query];
-    return causal_ ? end - (forest_.cu_q[s + 1] - token) + 1 : end;
+    return causal_ ? end(s) - (forest_.cu_q[s + 1] - token) + 1 : end(s);
   }
 
   void attend(const Task& task, int64_t head) const {
-    alignas(64) float q[kTaskRows * kMostHeadDim];
-    alignas(64) float accumulated[kTaskRows * kMostHeadDim] = {};
+    alignas(64) char q[kTaskRows * kMostHeadDim * 4];
+    alignas(64) float accumulated[kTaskRows * kMostHeadDim];
+    const int64_t padded_rows = round_up(task.rows, kPanel);
+    std::memset(q, 0, static_cast<size_t>(padded_rows * q_width_ * size_));
+    std::memset(accumulated, 0, static_cast<size_t>(padded_rows * width_) * 4);
     float most[kTaskRows];
     float sum[kTaskRows] = {};
     int64_t sees[kTaskRows];
@@ -155,38 +240,29 @@ class Attention {
     for (int64_t r = 0; r < task.rows; ++r) {
       const int64_t query = first_query + (task.first_row + r) / shared_;
       const int64_t q_head = head * shared_ + (task.first_row + r) % shared_;
-      kernels_.widen(head_of(q_, query, q_head), q_.dtype, dim_, q + r * dim_);
-      for (int64_t d = 0; d < dim_; ++d) {
-        q[r * dim_ + d] *= scale_;
+      char* row = q + r * q_width_ * size_;
+      if (operand_ == DType::bf16) {
+        std::memcpy(row, head_of(q_, query, q_head), static_cast<size_t>(dim_) * 2);
+      } else {
+        kernels_.widen(head_of(q_, query, q_head), q_.dtype, dim_, reinterpret_cast<float*>(row));
       }
       most[r] = -std::numeric_limits<float>::infinity();
       sees[r] = visible(task.segment, query);
       all = std::max(all, sees[r]);
     }
-    const AttentionArgs args{q, task.rows, dim_, accumulated, most, sum};
+    const AttentionArgs args{operand_,    q,      q_width_, task.rows, scale_,
+                             accumulated, width_, most,     sum};
     const std::vector<int64_t> chain = chain_of(task.segment);
-    std::vector<KeyPiece> pieces;
+    size_t at = 0;  // the segment for which the block was packed: the one with its last key
     int64_t in_block[kTaskRows];
-    for (int64_t block = 0; block < all; block += kKeyBlock) {
-      const int64_t block_end = std::min(block + kKeyBlock, all);
-      pieces.clear();
-      for (const int64_t s : chain) {
-        const int64_t start = start_[static_cast<size_t>(s)];
-        const int64_t low = std::max(start, block);
-        const int64_t high = std::min(start + keys_of(s), block_end);
-        if (low < high) {
-          const int64_t panel =
-              first_panel_[static_cast<size_t>(s)] + low / kPanel - start / kPanel;
-          const int64_t token = forest_.cu_k[s] + low - start;
-          pieces.push_back({keys_ + (head * panels_ + panel) * dim_ * kPanel,
-                            values_ + (head * k_.shape[0] + token) * width_, low % kPanel,
-                            high - low});
-        }
+    for (int64_t from = 0; from < all; from += kKeyBlock) {
+      while (chain[at] != task.segment && end(chain[at]) < from + kKeyBlock) {
+        ++at;
       }
       for (int64_t r = 0; r < task.rows; ++r) {
-        in_block[r] = std::clamp<int64_t>(sees[r] - block, 0, kKeyBlock);
+        in_block[r] = std::clamp<int64_t>(sees[r] - from, 0, kKeyBlock);
       }
-      kernels_.attend(args, pieces.data(), static_cast<int64_t>(pieces.size()), in_block);
+      kernels_.attend(args, block_of(chain[at], head, from), in_block);
     }
     kernels_.attend_end(args);
     for (int64_t r = 0; r < task.rows; ++r) {
@@ -198,6 +274,7 @@ class Attention {
     }
   }
 
+  // The segment after its ancestors.
   std::vector<int64_t> chain_of(int64_t segment) const {
     std::vector<int64_t> chain;
     for (int64_t s = segment; s >= 0; s = forest_.parent[s]) {
@@ -212,20 +289,24 @@ class Attention {
   const TensorView& v_;
   const SegmentForest& forest_;
   const bool causal_;
-  const float scale_;  // by log2(e), since the kernels know powers of two
+  const float scale_;
   const int64_t* read_;
   const int64_t reads_;
   const TensorView& out_;
   const Kernels& kernels_;
+  const DType operand_;
+  const int64_t size_;  // bytes of an operand
   const int64_t dim_;
-  const int64_t width_;  // of a row of values: D in whole panels
+  const int64_t q_width_;  // of a row of queries and of a key
+  const int64_t width_;    // of a row of values
   const int64_t key_heads_;
   const int64_t shared_;  // query heads of a key head
-  int64_t panels_ = 0;
-  float* keys_ = nullptr;
-  float* values_ = nullptr;
-  std::vector<int64_t> start_;
-  std::vector<int64_t> first_panel_;
+  int64_t places_ = 0;    // of packed keys, for each key head
+  char* keys_ = nullptr;
+  char* values_ = nullptr;
+  std::vector<int64_t> start_;  // of a segment, counted from the beginning of its sequence
+  std::vector<int64_t> end_;
+  std::vector<int64_t> first_place_;
   std::vector<int64_t> first_query_;
 };
 
@@ -260,6 +341,9 @@ void attention(const TensorView& q, const TensorView& k, const TensorView& v,
     throw std::invalid_argument("q is " + q.describe() + " and k " + k.describe() +
                                 "; heads have 1 to 256 values, and query heads are a multiple of "
                                 "key heads");
+  }
+  if (!(scale > 0.0F)) {
+    throw std::invalid_argument("scale is " + std::to_string(scale) + ", expected above 0");
   }
   for (int64_t i = 0; read != nullptr && i < reads; ++i) {
     if (read[i] < 0 || read[i] >= queries || (i > 0 && read[i] <= read[i - 1])) {

@@ -1,40 +1,9 @@
 // One block of keys of attention with an online softmax. Included after gemm.inl, in the same
 // namespace.
 
-constexpr int64_t kScoreRows = 24;
-
-// Scores of all rows by the block's keys, [rows][kKeyBlock].
-inline void score_block(const AttentionArgs& a, const KeyPiece* pieces, int64_t piece_count,
-                        float* scores) {
-  const int64_t step = kPanel * 4;
-  const int64_t pitch = a.head_dim * step;
-  int64_t column = 0;  // of the piece's first panel
-  for (int64_t i = 0; i < piece_count; ++i) {
-    const KeyPiece& piece = pieces[i];
-    const auto* w = reinterpret_cast<const uint8_t*>(piece.keys);
-    const int64_t panels = (piece.skip + piece.count + kPanel - 1) / kPanel;
-    for (int64_t p = 0; p < panels; ++p, w += pitch) {
-      alignas(64) float part[kScoreRows * kPanel] = {};
-      // A panel that begins within one of the piece before: only its own columns are new.
-      const int64_t skip = p == 0 ? piece.skip : 0;
-      for (int64_t r = 0; r < a.rows; r += kRowGroup) {
-        float_group<float>(std::min<int64_t>(kRowGroup, a.rows - r), a.q + r * a.head_dim,
-                           a.head_dim, w, pitch, step, 1, a.head_dim, part + r * kPanel, kPanel);
-      }
-      float* out = scores + column + p * kPanel;
-      for (int64_t r = 0; r < a.rows; ++r) {
-        std::memcpy(out + r * kKeyBlock + skip, part + r * kPanel + skip,
-                    static_cast<size_t>(kPanel - skip) * 4);
-      }
-    }
-    const int64_t end = column + piece.skip + piece.count;
-    column = end / kPanel * kPanel;
-  }
-}
-
-// Scores of a row become exp2(score - maximum); what came before is scaled to the new maximum.
-inline void softmax_row(float* scores, int64_t visible, int64_t padded, float* most, float* sum,
-                        float* accumulated, int64_t width) {
+// Row i of scores sees `visible` keys; the rest up to `padded` become minus infinity. The largest
+// of them and of `before`.
+inline float largest_score(float* scores, int64_t visible, int64_t padded, float before) {
   const float nothing = -std::numeric_limits<float>::infinity();
   for (int64_t j = visible; j < padded; ++j) {
     scores[j] = nothing;
@@ -44,63 +13,102 @@ inline void softmax_row(float* scores, int64_t visible, int64_t padded, float* m
     largest = max(load(scores + j), largest);
   }
   const float found = most_of(largest);
-  const float before = *most;
-  const float now = found > before ? found : before;
-  if (visible == 0 || now == nothing) {
-    std::memset(scores, 0, static_cast<size_t>(padded) * 4);
-    return;
-  }
-  F total = F{};
-  const F shift = splat(now);
-  for (int64_t j = 0; j < padded; j += kLanes) {
-    const F p = exp2_of(load(scores + j) - shift);
-    store(scores + j, p);
-    total += p;
-  }
-  if (now > before) {
-    const F factor = exp2_of(splat(before) - shift);
-    for (int64_t d = 0; d < width; d += kLanes) {
-      store(accumulated + d, load(accumulated + d) * factor);
-    }
-    *sum *= factor[0];
-    *most = now;
-  }
-  *sum += sum_of(total);
+  return found > before ? found : before;
 }
 
-inline void attend(const AttentionArgs& a, const KeyPiece* pieces, int64_t piece_count,
-                   const int64_t* visible) {
-  alignas(64) float scores[kScoreRows * kKeyBlock];
-  const int64_t width = (a.head_dim + kPanel - 1) / kPanel * kPanel;
-  score_block(a, pieces, piece_count, scores);
-  for (int64_t r = 0; r < a.rows; r += kRowGroup) {
-    const int64_t rows = std::min<int64_t>(kRowGroup, a.rows - r);
-    int64_t keys = 0;
-    for (int64_t i = r; i < r + rows; ++i) {
-      keys = std::max(keys, visible[i]);
+// What was summed up with the maximum `before`, scaled to the maximum `now`.
+inline void rescale(const AttentionArgs& a, int64_t row, float now) {
+  const F factor = exp2_of(splat(a.scale * (a.most[row] - now)));
+  float* accumulated = a.accumulated + row * a.width;
+  for (int64_t d = 0; d < a.width; d += kLanes) {
+    store(accumulated + d, load(accumulated + d) * factor);
+  }
+  a.sum[row] *= factor[0];
+  a.most[row] = now;
+}
+
+// Operands in float32.
+struct FloatAttention {
+  using Weight = float;
+
+  static constexpr int64_t kRows = kRowGroup;
+  static constexpr int64_t kKeys = kPanel;  // padded to a multiple of this
+
+  static void score(const AttentionArgs& a, const KeyBlock& block, int64_t row, int64_t rows,
+                    int64_t keys, float* scores) {
+    constexpr int64_t kStep = kPanel * 4;
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memset(scores + r * kKeyBlock, 0, static_cast<size_t>(keys) * 4);
     }
-    const int64_t padded = (keys + kPanel - 1) / kPanel * kPanel;
-    for (int64_t i = r; i < r + rows; ++i) {
-      softmax_row(scores + i * kKeyBlock, visible[i], padded, a.most + i, a.sum + i,
-                  a.accumulated + i * width, width);
+    float_group<float>(rows, static_cast<const float*>(a.q) + row * a.q_width, a.q_width,
+                       static_cast<const uint8_t*>(block.keys), a.q_width * kStep, kStep,
+                       keys / kPanel, a.q_width, scores, kKeyBlock);
+  }
+
+  // 2^(scale · (score - most)) in place of the scores; their sum.
+  static float weigh(float* scores, int64_t keys, float scale, float most, float* weights) {
+    F total = F{};
+    for (int64_t j = 0; j < keys; j += kLanes) {
+      const F p = exp2_of((load(scores + j) - most) * scale);
+      store(weights + j, p);
+      total += p;
     }
-    int64_t column = 0;
-    for (int64_t i = 0; i < piece_count && column < keys; ++i) {
-      const int64_t count = std::min(pieces[i].count, keys - column);
-      float_group<float>(rows, scores + r * kKeyBlock + column, kKeyBlock,
-                         reinterpret_cast<const uint8_t*>(pieces[i].values), kPanel * 4, width * 4,
-                         width / kPanel, count, a.accumulated + r * width, width);
-      column += pieces[i].count;
+    return sum_of(total);
+  }
+
+  static void add_values(const AttentionArgs& a, const KeyBlock& block, int64_t row, int64_t rows,
+                         int64_t keys, const float* weights) {
+    float_group<float>(rows, weights, kKeyBlock, static_cast<const uint8_t*>(block.values),
+                       kPanel * 4, a.width * 4, a.width / kPanel, keys,
+                       a.accumulated + row * a.width, a.width);
+  }
+};
+
+template <class Form>
+inline void attend_with(const AttentionArgs& a, const KeyBlock& block, const int64_t* visible) {
+  constexpr int64_t kRows = Form::kRows;
+  alignas(64) float scores[kRows * kKeyBlock];
+  alignas(64) typename Form::Weight weights[kRows * kKeyBlock];
+  for (int64_t row = 0; row < a.rows; row += kRows) {
+    const int64_t rows = std::min(kRows, a.rows - row);
+    const int64_t seen = *std::max_element(visible + row, visible + row + rows);
+    if (seen == 0) {
+      continue;
     }
+    const int64_t keys = (seen + Form::kKeys - 1) / Form::kKeys * Form::kKeys;
+    Form::score(a, block, row, rows, keys, scores);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* own = scores + r * kKeyBlock;
+      typename Form::Weight* made = weights + r * kKeyBlock;
+      const float now = largest_score(own, visible[row + r], keys, a.most[row + r]);
+      if (now == -std::numeric_limits<float>::infinity()) {
+        std::memset(made, 0, static_cast<size_t>(keys) * sizeof *made);
+        continue;
+      }
+      if (now > a.most[row + r]) {
+        rescale(a, row + r, now);
+      }
+      a.sum[row + r] += Form::weigh(own, keys, a.scale, now, made);
+    }
+    // Products may take 16 rows at a time.
+    for (int64_t r = rows; r < std::min(kRows, (rows + 15) / 16 * 16); ++r) {
+      std::memset(weights + r * kKeyBlock, 0, static_cast<size_t>(keys) * sizeof *weights);
+    }
+    Form::add_values(a, block, row, rows, keys, weights);
   }
 }
+
+inline void attend_float(const AttentionArgs& a, const KeyBlock& block, const int64_t* visible) {
+  attend_with<FloatAttention>(a, block, visible);
+}
+
+inline DType float_attention(DType) { return DType::f32; }
 
 inline void attend_end(const AttentionArgs& a) {
-  const int64_t width = (a.head_dim + kPanel - 1) / kPanel * kPanel;
   for (int64_t r = 0; r < a.rows; ++r) {
     const float factor = 1.0F / a.sum[r];
-    for (int64_t d = 0; d < width; d += kLanes) {
-      store(a.accumulated + r * width + d, load(a.accumulated + r * width + d) * factor);
+    for (int64_t d = 0; d < a.width; d += kLanes) {
+      store(a.accumulated + r * a.width + d, load(a.accumulated + r * a.width + d) * factor);
     }
   }
 }

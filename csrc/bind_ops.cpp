@@ -103,6 +103,27 @@ void bind_rows(py::module_& m) {
       },
       py::arg("x"), py::arg("values"), py::arg("scale"), py::arg("isa") = py::none(), Unlocked());
   m.def(
+      "quantise_int4",
+      [](const TensorView& x, int64_t group, const TensorView& pairs, const TensorView& multiplier,
+         const TensorView& scale,
+         const Name& isa) { quantise_int4(x, group, pairs, multiplier, scale, chosen(isa)); },
+      py::arg("x"), py::arg("group"), py::arg("pairs"), py::arg("multiplier"), py::arg("scale"),
+      py::arg("isa") = py::none(), Unlocked());
+  m.def(
+      "pool",
+      [](const TensorView& x, const TensorView& read, const TensorView& weight, float eps,
+         bool unit, const TensorView& out,
+         const Name& isa) { pool(x, read, weight, eps, unit, out, chosen(isa)); },
+      py::arg("x"), py::arg("read"), py::arg("weight"), py::arg("eps"), py::arg("unit"),
+      py::arg("out"), py::arg("isa") = py::none(), Unlocked());
+  m.def(
+      "score",
+      [](const TensorView& x, const TensorView& read, const TensorView& weight, float eps,
+         const TensorView& answers, const TensorView& out,
+         const Name& isa) { score(x, read, weight, eps, answers, out, chosen(isa)); },
+      py::arg("x"), py::arg("read"), py::arg("weight"), py::arg("eps"), py::arg("answers"),
+      py::arg("out"), py::arg("isa") = py::none(), Unlocked());
+  m.def(
       "rms_norm",
       [](const TensorView& x, const TensorView& weight, float eps, const TensorView& out,
          const Name& isa) { rms_norm(x, weight, eps, out, chosen(isa)); },

@@ -185,7 +185,7 @@ Isa best_isa() {
   if (!(f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512_vnni)) {
     return Isa::avx2;
   }
-  if (!(f.amx_tile && f.amx_int8 && f.amx_bf16)) {
+  if (!(f.amx_tile && f.amx_int8 && f.amx_bf16 && f.avx512_bf16)) {
     return Isa::avx512;
   }
   return Isa::amx;

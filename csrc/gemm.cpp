@@ -15,8 +15,8 @@ namespace {
 // Rows of x that are brought into form at once: their copy is reused for all panels, and 8 MB of
 // them at K = 6144 stay in the last-level cache.
 constexpr int64_t kChunkRows = 384;
-// A task's rows and columns: their sums (48 KB) and its rows of x stay in L2.
-constexpr int64_t kBlockRows = 48;
+// A task's columns: with its 48 or 64 rows, their sums (64 KB at most) and its rows of x stay in
+// L2.
 constexpr int64_t kBlockPanels = 16;
 
 struct ActivationName {
@@ -138,14 +138,15 @@ class Product {
   }
 
   void multiply(int64_t first, int64_t rows) {
-    const int64_t row_blocks = (rows + kBlockRows - 1) / kBlockRows;
+    const int64_t block_rows = kernels_.block_rows;
+    const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
     const int64_t panel_blocks = (weight_.panels + kBlockPanels - 1) / kBlockPanels;
     // Neighbours share panels, which come from further away than rows.
     parallel_for(row_blocks * panel_blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = i % row_blocks * kBlockRows;
+        const int64_t row = i % row_blocks * block_rows;
         const int64_t panel = i / row_blocks * kBlockPanels;
-        block(first, row, std::min(kBlockRows, rows - row), panel,
+        block(first, row, std::min(block_rows, rows - row), panel,
               std::min(kBlockPanels, weight_.panels - panel));
       }
     });
@@ -162,7 +163,7 @@ class Product {
     args.panel = panel;
     args.panels = panels;
     args.group_sum = group_sum_.data() + row * weight_.groups();
-    args.c = static_cast<float*>(sums_memory.get(kBlockRows * columns * 4));
+    args.c = static_cast<float*>(sums_memory.get(kernels_.block_rows * columns * 4));
     kernels_.block(args);
 
     const int64_t place = panel * kPanel;
@@ -219,10 +220,10 @@ void gemm(const TensorView& x, const TensorView& x_scale, const PackedWeight& we
   const int64_t width = weight.gated ? weight.n / 2 : weight.n;
   switch (weight.format) {
     case Format::f32:
-      require("x", x, {-1, weight.k}, {DType::f32});
+      require("x", x, {-1, weight.k}, {DType::f32, DType::u8});
       break;
     case Format::bf16:
-      require("x", x, {-1, weight.k}, {DType::bf16});
+      require("x", x, {-1, weight.k}, {DType::bf16, DType::u8});
       break;
     case Format::int8:
     case Format::int4:

@@ -7,6 +7,7 @@
 constexpr int kVectors = static_cast<int>(kPanel) / kLanes;  // of a panel
 // Accumulators, weights and one value of x fill the registers: 16 of them, or 32 with AVX-512.
 constexpr int kRowGroup = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 2;
+constexpr int64_t kBlockRows = 48;  // a multiple of all of them
 constexpr int64_t kAhead = 1024;  // bytes: few rows wait for their weights from memory
 constexpr int64_t kInner = 512;  // steps of K whose weights (16 KB in bf16) stay in L1
 

@@ -35,20 +35,25 @@ struct BlockArgs {
   float* c = nullptr;                  // [rows][panels · 16] sums, float32 or int32
 };
 
+// Rows of queries and what has been summed up for each of them.
 struct AttentionArgs {
-  const float* q = nullptr;  // [rows][head_dim], scaled by log2(e)
+  DType operand = DType::f32;  // float32 or bfloat16: of queries, keys and values
+  const void* q = nullptr;     // [rows][q_width], zeros behind in rows up to a multiple of 16
+  int64_t q_width = 0;         // head_dim, in bfloat16 with zeros up to a multiple of 32
   int64_t rows = 0;
-  int64_t head_dim = 0;
-  float* accumulated = nullptr;  // [rows][head_dim]
+  float scale = 0.0F;            // above zero, by log2(e)
+  float* accumulated = nullptr;  // [rows][width]
+  int64_t width = 0;             // head_dim in whole panels
   float* most = nullptr;         // [rows]
   float* sum = nullptr;          // [rows]
 };
 
-// A run of keys that lie one after the other in memory, at absolute places in a sequence.
-struct KeyPiece {
-  const float* keys = nullptr;    // panels [head_dim][16]; the first one holds key 0 of the piece
-  const float* values = nullptr;  // [count][head_dim]
-  int64_t skip = 0;               // columns of the first panel before the piece
+// At most kKeyBlock keys of a sequence and their values, padded with zeros to a multiple of 32:
+//   float32   keys [panel][q_width][16], values [count][width]
+//   bfloat16  keys [panel][q_width / 2][16][2], values [width / 16][count / 2][16][2]
+struct KeyBlock {
+  const void* keys = nullptr;
+  const void* values = nullptr;
   int64_t count = 0;
 };
 
@@ -58,6 +63,8 @@ struct Kernels {
   // Brings a row of floats or of int8 into that form, with zeros up to `padded`.
   void (*prepare_row)(const void* row, DType dtype, int64_t k, int64_t padded, Format format,
                       void* out);
+  // Rows of a block that keep the registers, or the tiles, full.
+  int64_t block_rows;
   // Sums over all of K. Each sum is taken in the same order, whatever the block.
   void (*block)(const BlockArgs& args);
   // Columns [0, count) of sums c [rows][c_stride] to the result.
@@ -65,19 +72,21 @@ struct Kernels {
                  const Epilogue& epilogue);
   // int8 values and the scale of a row; see quantise_rows in rowwise.h.
   void (*quantise_row)(const float* x, int64_t n, int8_t* values, float* scale);
+  // A row in groups; `x` has room up to a whole group. See quantise_int4 in rowwise.h.
+  void (*quantise_int4_row)(float* x, int64_t n, int64_t group, uint8_t* pairs, uint8_t* multiplier,
+                            float* scale);
   void (*widen)(const void* x, DType dtype, int64_t n, float* out);
   void (*narrow)(const float* x, int64_t n, DType dtype, void* out);
   void (*rms_norm_row)(const float* x, const float* weight, int64_t n, float eps, float* out);
   void (*layer_norm_row)(const float* x, const float* weight, const float* bias, int64_t n,
                          float eps, float* out);
   void (*rope_head)(const float* x, const float* cos, const float* sin, int64_t half, float* out);
-  // One block of at most kKeyBlock keys, in pieces; row i sees the first `visible[i]` of them.
-  void (*attend)(const AttentionArgs& args, const KeyPiece* pieces, int64_t piece_count,
-                 const int64_t* visible);
+  // What `attend` wants its operands in, for q, k and v of this dtype.
+  DType (*attention_dtype)(DType given);
+  // Row i sees the first `visible[i]` keys of the block.
+  void (*attend)(const AttentionArgs& args, const KeyBlock& block, const int64_t* visible);
   // accumulated / sum.
   void (*attend_end)(const AttentionArgs& args);
-  // Rows of a block are worked on together in groups of so many.
-  int64_t row_group;
 };
 
 // Keys that share one maximum of the softmax. Blocks begin at multiples of it, counted from the

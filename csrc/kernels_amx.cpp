@@ -15,11 +15,18 @@
 
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-int8,amx-bf16")
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c,bmi2")
 #endif
+
+#define QVLFAST_LANES 16
 
 namespace qvlfast {
 namespace amx {
+
+// clang-format off
+#include "all.inl"
+#include "attention_bf16.inl"
+// clang-format on
 
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 64;         // of a row
@@ -180,7 +187,11 @@ void prepare_row(const void* row, DType dtype, int64_t k, int64_t padded, Format
     return;
   }
   const int64_t size = x_bytes(format);
-  std::memcpy(out, row, static_cast<size_t>(k * size));
+  if (format == Format::bf16) {
+    copy_halves(row, dtype, k, static_cast<uint16_t*>(out));
+  } else {
+    std::memcpy(out, row, static_cast<size_t>(k));
+  }
   std::memset(static_cast<char*>(out) + k * size, 0, static_cast<size_t>((padded - k) * size));
 }
 
@@ -196,6 +207,29 @@ void block(const BlockArgs& args) {
   }
 }
 
+struct TileProducts {
+  static constexpr int64_t kRows = 2 * kTileRows;
+  static void multiply(const uint8_t* x, int64_t row_bytes, int64_t rows, const uint8_t* panels,
+                       int64_t pitch, int64_t count, int64_t steps, float* c, int64_t c_stride) {
+    for (int64_t p = 0; p < count; p += 2) {
+      const uint8_t* w = panels + p * pitch;
+      tile_panels<true>(rows, x, row_bytes, w, p + 1 < count ? w + pitch : nullptr,
+                        steps / kTileRows, c + p * kPanel, c_stride);
+    }
+  }
+};
+
+DType attention_dtype(DType given) { return given == DType::bf16 ? DType::bf16 : DType::f32; }
+
+void attend(const AttentionArgs& args, const KeyBlock& block, const int64_t* visible) {
+  if (args.operand == DType::bf16) {
+    const Tiles configured;
+    attend_with<HalfAttention<TileProducts>>(args, block, visible);
+  } else {
+    avx512_kernels().attend(args, block, visible);
+  }
+}
+
 }  // namespace amx
 
 const Kernels& amx_kernels() {
@@ -203,8 +237,10 @@ const Kernels& amx_kernels() {
     Kernels made = avx512_kernels();
     made.x_bytes = amx::x_bytes;
     made.prepare_row = amx::prepare_row;
+    made.block_rows = 4 * amx::kTileRows;  // tile_32x32 twice
     made.block = amx::block;
-    made.row_group = amx::kTileRows;
+    made.attention_dtype = amx::attention_dtype;
+    made.attend = amx::attend;
     return made;
   }();
   return table;
@@ -212,6 +248,7 @@ const Kernels& amx_kernels() {
 
 }  // namespace qvlfast
 
+#undef QVLFAST_LANES
 #if !defined(QVLFAST_EMULATE)
 #pragma GCC pop_options
 #endif

@@ -22,9 +22,10 @@ namespace avx512 {
 // clang-format off
 #include "all.inl"
 #include "wide.inl"
+#include "attention_bf16.inl"
 // clang-format on
 
-// avx512bf16 is in the target of this file, and nothing but `dot_bf16_block` uses it.
+// avx512bf16 is in the target of this file; only what asks here first uses it.
 bool has_bf16() {
 #if defined(QVLFAST_EMULATE)
   return true;
@@ -43,7 +44,7 @@ void prepare_row(const void* row, DType dtype, int64_t k, int64_t padded, Format
   if (size == 4) {
     widen(row, dtype, k, static_cast<float*>(out));
   } else if (size == 2) {
-    std::memcpy(out, row, static_cast<size_t>(2 * k));
+    copy_halves(row, dtype, k, static_cast<uint16_t*>(out));
   } else if (format == Format::int8) {
     const auto* values = static_cast<const uint8_t*>(row);
     for (int64_t i = 0; i < k; ++i) {
@@ -68,13 +69,35 @@ void block(const BlockArgs& args) {
   }
 }
 
+struct DotProducts {
+  static constexpr int64_t kRows = kRowGroup;
+  static void multiply(const uint8_t* x, int64_t row_bytes, int64_t rows, const uint8_t* panels,
+                       int64_t pitch, int64_t count, int64_t steps, float* c, int64_t c_stride) {
+    dot_group<DotBf16>(rows, x, row_bytes, panels, pitch, count, steps,
+                       reinterpret_cast<int32_t*>(c), c_stride);
+  }
+};
+
+DType attention_dtype(DType given) {
+  return given == DType::bf16 && has_bf16() ? DType::bf16 : DType::f32;
+}
+
+void attend(const AttentionArgs& args, const KeyBlock& block, const int64_t* visible) {
+  if (args.operand == DType::bf16) {
+    attend_with<HalfAttention<DotProducts>>(args, block, visible);
+  } else {
+    attend_float(args, block, visible);
+  }
+}
+
 }  // namespace avx512
 
 const Kernels& avx512_kernels() {
   using namespace avx512;
-  static const Kernels table{x_bytes, prepare_row, block,        finish,         quantise_row,
-                             widen,   narrow,      rms_norm_row, layer_norm_row, rope_head,
-                             attend,  attend_end,  kRowGroup};
+  static const Kernels table{x_bytes,         prepare_row,  kBlockRows,        block,
+                             finish,          quantise_row, quantise_int4_row, widen,
+                             narrow,          rms_norm_row, layer_norm_row,    rope_head,
+                             attention_dtype, attend,       attend_end};
   return table;
 }
 

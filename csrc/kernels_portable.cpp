@@ -43,9 +43,10 @@ void block(const BlockArgs& args) {
 
 const Kernels& portable_kernels() {
   using namespace portable;
-  static const Kernels table{x_bytes, prepare_row, block,        finish,         quantise_row,
-                             widen,   narrow,      rms_norm_row, layer_norm_row, rope_head,
-                             attend,  attend_end,  kRowGroup};
+  static const Kernels table{x_bytes,         prepare_row,  kBlockRows,        block,
+                             finish,          quantise_row, quantise_int4_row, widen,
+                             narrow,          rms_norm_row, layer_norm_row,    rope_head,
+                             float_attention, attend_float, attend_end};
   return table;
 }
 

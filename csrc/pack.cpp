@@ -1,16 +1,17 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
 #include "bf16.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace qvlfast {
 namespace {
 
-constexpr int64_t kAlign = 64;
 // All of K of four panels of a small weight still make a task that is worth handing over.
 constexpr int64_t kPanelsAtOnce = 4;
 
@@ -26,11 +27,12 @@ PackedWeight allocate(const std::vector<TensorView>& parts, Format format, int64
   w.format = format;
   w.gated = gated;
   w.group = group;
-  w.k = parts[0].shape[1];
+  w.k = parts[0].shape[1] * (format == Format::int4 ? 2 : 1);
   for (const TensorView& part : parts) {
-    if (part.ndim != 2 || part.shape[1] != w.k || w.k == 0 || part.shape[0] == 0) {
+    if (part.ndim != 2 || part.shape[1] != parts[0].shape[1] || w.k == 0 || part.shape[0] == 0) {
       throw std::invalid_argument("a part of a weight is " + part.describe() + ", expected [N, " +
-                                  std::to_string(w.k) + "] with N and K of at least 1");
+                                  std::to_string(parts[0].shape[1]) +
+                                  "] with at least one row and one column");
     }
     w.n += part.shape[0];
   }
@@ -41,11 +43,7 @@ PackedWeight allocate(const std::vector<TensorView>& parts, Format format, int64
   w.panels = gated ? 2 * round_up(w.n / 2, kPanel) / kPanel : round_up(w.n, kPanel) / kPanel;
   w.panel_bytes = kPanel * w.k_padded * eighths_of_byte / 8;
   const int64_t bytes = w.panels * w.panel_bytes;
-  auto* memory = static_cast<uint8_t*>(
-      std::aligned_alloc(kAlign, static_cast<size_t>(round_up(bytes, kAlign))));
-  if (memory == nullptr) {
-    throw std::bad_alloc();
-  }
+  auto* memory = static_cast<uint8_t*>(allocate_lines(bytes));
   w.data = {memory, [](uint8_t* p) { std::free(p); }};
   return w;
 }
@@ -73,14 +71,69 @@ void for_each_panel(const PackedWeight& w, const std::function<void(int64_t)>& f
   });
 }
 
-std::vector<TensorView> values_of(const std::vector<QuantisedPart>& parts) {
+std::vector<TensorView> values_of(const std::vector<QuantisedPart>& parts, DType dtype) {
   std::vector<TensorView> values;
   for (const QuantisedPart& part : parts) {
-    require("values of a weight", part.values, {-1, -1}, {DType::s8});
+    require("values of a weight", part.values, {-1, -1}, {dtype});
     require_dense("scale of a weight", part.scale, {part.values.shape[0]}, {DType::f32});
     values.push_back(part.values);
   }
   return values;
+}
+
+// Eight values of 4 bits, two to a byte as they lie in a row, in the order of a panel: the first
+// four in the low halves of the bytes, the next four in the high halves.
+uint32_t spread_halves(uint32_t pairs) {
+  const auto apart = [](uint32_t two) { return (two & 0xFFU) | (two & 0xFF00U) << 8; };
+  const uint32_t even = pairs & 0x0F0F0F0FU;
+  const uint32_t odd = pairs >> 4 & 0x0F0F0F0FU;
+  return apart(even) | apart(odd) << 8 | (apart(even >> 16) | apart(odd >> 16) << 8) << 4;
+}
+
+// Fills a panel, whose every word of four bytes holds 4 / `size` values of one channel, or eight
+// where `size` is 0. `read(channel, first, count, out)` gives `count` values of a channel.
+template <class Read>
+void interleave(const PackedWeight& w, int64_t panel, int64_t size, const Read& read) {
+  constexpr int64_t kWords = 64;  // of a channel at once: rows are far apart in memory
+  const int64_t per_word = size == 0 ? 8 : 4 / size;
+  const bool halves = w.format == Format::int4;
+  uint32_t rows[kPanel][kWords];
+  auto* out = reinterpret_cast<uint32_t*>(w.data.get() + panel * w.panel_bytes);
+  for (int64_t first = 0; first < w.k_padded; first += kWords * per_word) {
+    const int64_t words = std::min(kWords, (w.k_padded - first) / per_word);
+    const int64_t count = std::clamp<int64_t>(w.k - first, 0, words * per_word);
+    std::memset(rows, halves ? 0x88 : 0, sizeof rows);
+    for (int64_t c = 0; c < kPanel; ++c) {
+      const int64_t channel = w.channel(panel * kPanel + c);
+      if (channel >= 0 && count > 0) {
+        read(channel, first, count, rows[c]);
+      }
+    }
+    for (int64_t i = 0; i < words; ++i, out += kPanel) {
+      for (int64_t c = 0; c < kPanel; ++c) {
+        out[c] = halves ? spread_halves(rows[c][i]) : rows[c][i];
+      }
+    }
+  }
+}
+
+// `count` values of a row from `first` on, as float32 or as bfloat16.
+void copy_floats(const void* row, DType dtype, int64_t first, int64_t count, bool narrow,
+                 void* out) {
+  if (narrow ? dtype == DType::bf16 : dtype == DType::f32) {
+    const int64_t size = dtype_size(dtype);
+    std::memcpy(out, static_cast<const char*>(row) + first * size,
+                static_cast<size_t>(count * size));
+    return;
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    const float value = read_float(row, dtype, first + k);
+    if (narrow) {
+      static_cast<uint16_t*>(out)[k] = to_bf16(value);
+    } else {
+      static_cast<float*>(out)[k] = value;
+    }
+  }
 }
 
 void copy_scales(PackedWeight& w, const std::vector<QuantisedPart>& parts,
@@ -133,52 +186,34 @@ PackedWeight pack_floats(const std::vector<TensorView>& parts, Format format, bo
     require("a part of a weight", part, {-1, -1}, {DType::f32, DType::bf16, DType::f16});
   }
   const bool narrow = format == Format::bf16;
+  const int64_t size = narrow ? 2 : 4;
   PackedWeight w = allocate(parts, format, 0, gated, 32, narrow ? 16 : 32);
   for_each_panel(w, [&](int64_t panel) {
-    uint8_t* out = w.data.get() + panel * w.panel_bytes;
-    std::memset(out, 0, static_cast<size_t>(w.panel_bytes));
-    for (int64_t c = 0; c < kPanel; ++c) {
-      const int64_t channel = w.channel(panel * kPanel + c);
-      if (channel < 0) {
-        continue;
-      }
+    interleave(w, panel, size, [&](int64_t channel, int64_t first, int64_t count, void* out) {
       const Place at = locate(parts, channel);
       const TensorView& part = parts[at.part];
-      const void* row = part.row(at.row);
-      for (int64_t k = 0; k < w.k; ++k) {
-        if (narrow) {
-          // A bfloat16 goes through as it is, NaN included.
-          reinterpret_cast<uint16_t*>(out)[(k / 2 * kPanel + c) * 2 + k % 2] =
-              part.dtype == DType::bf16 ? static_cast<const uint16_t*>(row)[k]
-                                        : to_bf16(read_float(row, part.dtype, k));
-        } else {
-          reinterpret_cast<float*>(out)[k * kPanel + c] = read_float(row, part.dtype, k);
-        }
-      }
-    }
+      copy_floats(part.row(at.row), part.dtype, first, count, narrow, out);
+    });
   });
   return w;
 }
 
 PackedWeight pack_int8(const std::vector<QuantisedPart>& parts, bool gated) {
-  const std::vector<TensorView> values = values_of(parts);
+  const std::vector<TensorView> values = values_of(parts, DType::s8);
   PackedWeight w = allocate(values, Format::int8, 0, gated, 64, 8);
   copy_scales(w, parts, values);
   w.column_sum.assign(static_cast<size_t>(w.panels * kPanel), 0);
   for_each_panel(w, [&](int64_t panel) {
-    uint8_t* out = w.data.get() + panel * w.panel_bytes;
-    std::memset(out, 0, static_cast<size_t>(w.panel_bytes));
-    for (int64_t c = 0; c < kPanel; ++c) {
-      const int64_t channel = w.channel(panel * kPanel + c);
-      if (channel < 0) {
-        continue;
-      }
+    interleave(w, panel, 1, [&](int64_t channel, int64_t first, int64_t count, void* out) {
       const Place at = locate(values, channel);
-      const auto* row = static_cast<const int8_t*>(values[at.part].row(at.row));
+      std::memcpy(out, values[at.part].as<int8_t>() + values[at.part].stride[0] * at.row + first,
+                  static_cast<size_t>(count));
+    });
+    for (int64_t c = 0; c < kPanel; ++c) {
+      const auto* column = reinterpret_cast<const int8_t*>(w.panel(panel)) + 4 * c;
       int32_t sum = 0;
-      for (int64_t k = 0; k < w.k; ++k) {
-        out[(k / 4 * kPanel + c) * 4 + k % 4] = static_cast<uint8_t>(row[k]);
-        sum += row[k];
+      for (int64_t k = 0; k < w.k_padded; k += 4, column += 4 * kPanel) {
+        sum += column[0] + column[1] + column[2] + column[3];
       }
       w.column_sum[static_cast<size_t>(panel * kPanel + c)] = sum;
     }
@@ -190,9 +225,9 @@ PackedWeight pack_int4(const std::vector<QuantisedPart>& parts, int64_t group, b
   if (group != 32 && group != 64 && group != 128) {
     throw std::invalid_argument("group is " + std::to_string(group) + ", expected 32, 64 or 128");
   }
-  const std::vector<TensorView> values = values_of(parts);
-  PackedWeight w = allocate(values, Format::int4, group, gated, std::max<int64_t>(group, 64), 4);
-  copy_scales(w, parts, values);
+  const std::vector<TensorView> pairs = values_of(parts, DType::u8);
+  PackedWeight w = allocate(pairs, Format::int4, group, gated, std::max<int64_t>(group, 64), 4);
+  copy_scales(w, parts, pairs);
   const int64_t given = (w.k + group - 1) / group;
   for (const QuantisedPart& part : parts) {
     require_dense("multiplier of a weight", part.multiplier, {part.values.shape[0], given},
@@ -200,21 +235,18 @@ PackedWeight pack_int4(const std::vector<QuantisedPart>& parts, int64_t group, b
   }
   w.multiplier.assign(static_cast<size_t>(w.panels * w.groups() * kPanel), 1);
   for_each_panel(w, [&](int64_t panel) {
-    uint8_t* out = w.data.get() + panel * w.panel_bytes;
-    std::memset(out, 0x88, static_cast<size_t>(w.panel_bytes));
+    // As many values of 4 bits to a word as four bytes hold; zero is 8.
+    interleave(w, panel, 0, [&](int64_t channel, int64_t first, int64_t count, void* out) {
+      const Place at = locate(pairs, channel);
+      std::memcpy(out, pairs[at.part].as<uint8_t>() + pairs[at.part].stride[0] * at.row + first / 2,
+                  static_cast<size_t>(count / 2));
+    });
     for (int64_t c = 0; c < kPanel; ++c) {
       const int64_t channel = w.channel(panel * kPanel + c);
       if (channel < 0) {
         continue;
       }
-      const Place at = locate(values, channel);
-      const auto* row = static_cast<const int8_t*>(values[at.part].row(at.row));
-      for (int64_t k = 0; k < w.k; ++k) {
-        uint8_t& byte = out[(k / 8 * kPanel + c) * 4 + k % 4];
-        const auto nibble = static_cast<uint8_t>(row[k] + 8);
-        byte = k % 8 < 4 ? static_cast<uint8_t>((byte & 0xF0) | (nibble & 15))
-                         : static_cast<uint8_t>((byte & 0x0F) | (nibble << 4));
-      }
+      const Place at = locate(pairs, channel);
       const auto* factors = static_cast<const uint8_t*>(parts[at.part].multiplier.row(at.row));
       for (int64_t g = 0; g < given; ++g) {
         w.multiplier[static_cast<size_t>((panel * w.groups() + g) * kPanel + c)] = factors[g];

@@ -49,7 +49,8 @@ struct PackedWeight {
 };
 
 // A part of an int8 weight, values [N, K] int8 in -127..127 with scale [N]; or of an int4 weight,
-// values [N, K] int8 in -7..7 and multiplier [N, ceil(K / group)] uint8 besides.
+// values [N, K / 2] uint8, each two values + 8 with the first in the low half, and multiplier
+// [N, ceil(K / group)] uint8 besides.
 struct QuantisedPart {
   TensorView values;
   TensorView multiplier;

@@ -1,7 +1,10 @@
 #include "rowwise.h"
 
+#include <algorithm>
+#include <cmath>
 #include <functional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "bf16.h"
@@ -45,8 +48,51 @@ void for_each_row(const TensorView& x, const Kernels& k, const RowFunction& fn) 
   });
 }
 
-void require_rows(const TensorView& x, const TensorView& values, const TensorView& scale) {
+// The rows of x that are read, all of them where `read` is null.
+std::vector<int64_t> rows_read(const TensorView& x, const TensorView& read) {
   require("x", x, {-1, -1}, {DType::f32, DType::bf16});
+  std::vector<int64_t> rows;
+  if (read.data == nullptr) {
+    for (int64_t i = 0; i < x.shape[0]; ++i) {
+      rows.push_back(i);
+    }
+    return rows;
+  }
+  require_dense("read", read, {-1}, {DType::i64});
+  for (int64_t i = 0; i < read.shape[0]; ++i) {
+    const int64_t row = read.as<const int64_t>()[i];
+    if (row < 0 || row >= x.shape[0]) {
+      throw std::invalid_argument("read has row " + std::to_string(row) + ", x has " +
+                                  std::to_string(x.shape[0]));
+    }
+    rows.push_back(row);
+  }
+  return rows;
+}
+
+// Calls fn(i, pooled) for the i-th row that is read.
+template <class Use>
+void for_each_pooled(const TensorView& x, const TensorView& read, const TensorView& weight,
+                     float eps, const Kernels& k, const Use& use) {
+  const std::vector<int64_t> rows = rows_read(x, read);
+  const int64_t n = x.shape[1];
+  const std::vector<float> wide = widen_vector("weight", weight, n);
+  parallel_for(static_cast<int64_t>(rows.size()), 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(static_cast<size_t>(n));
+    for (int64_t i = begin; i < end; ++i) {
+      k.widen(x.row(rows[static_cast<size_t>(i)]), x.dtype, n, row.data());
+      k.rms_norm_row(row.data(), wide.data(), n, eps, row.data());
+      use(i, row.data());
+    }
+  });
+}
+
+int64_t count_read(const TensorView& x, const TensorView& read) {
+  return read.data == nullptr ? x.shape[0] : read.shape[0];
+}
+
+void require_rows(const TensorView& x, const TensorView& values, const TensorView& scale) {
+  require("x", x, {-1, -1}, {DType::f32, DType::bf16, DType::f16});
   require_dense("values", values, {x.shape[0], x.shape[1]}, {DType::s8});
   require_dense("scale", scale, {x.shape[0]}, {DType::f32});
 }
@@ -92,6 +138,64 @@ void quantise_rows(const TensorView& x, const TensorView& values, const TensorVi
   require_rows(x, values, scale);
   for_each_row(x, k, [&](int64_t i, const float* row, float*) {
     k.quantise_row(row, x.shape[1], static_cast<int8_t*>(values.row(i)), scale.as<float>() + i);
+  });
+}
+
+void quantise_int4(const TensorView& x, int64_t group, const TensorView& pairs,
+                   const TensorView& multiplier, const TensorView& scale, Isa isa) {
+  const Kernels& k = kernels(isa);
+  require("x", x, {-1, -1}, {DType::f32, DType::bf16, DType::f16});
+  const int64_t n = x.shape[1];
+  if ((group != 32 && group != 64 && group != 128) || n % 2 != 0) {
+    throw std::invalid_argument("x is " + x.describe() + " and group " + std::to_string(group) +
+                                "; expected an even number of inputs, and 32, 64 or 128");
+  }
+  const int64_t groups = (n + group - 1) / group;
+  require_dense("pairs", pairs, {x.shape[0], n / 2}, {DType::u8});
+  require_dense("multiplier", multiplier, {x.shape[0], groups}, {DType::u8});
+  require_dense("scale", scale, {x.shape[0]}, {DType::f32});
+  parallel_for(x.shape[0], 4, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(static_cast<size_t>(groups * group));
+    for (int64_t i = begin; i < end; ++i) {
+      k.widen(x.row(i), x.dtype, n, row.data());
+      k.quantise_int4_row(row.data(), n, group, static_cast<uint8_t*>(pairs.row(i)),
+                          static_cast<uint8_t*>(multiplier.row(i)), scale.as<float>() + i);
+    }
+  });
+}
+
+void pool(const TensorView& x, const TensorView& read, const TensorView& weight, float eps,
+          bool unit, const TensorView& out, Isa isa) {
+  require_dense("out", out, {count_read(x, read), -1}, {DType::f32});
+  const int64_t size = out.shape[1];
+  if (size > x.shape[1]) {
+    throw std::invalid_argument("out is " + out.describe() + ", wider than x, " + x.describe());
+  }
+  for_each_pooled(x, read, weight, eps, kernels(isa), [&](int64_t i, const float* pooled) {
+    float squares = 0.0F;
+    for (int64_t j = 0; unit && j < size; ++j) {
+      squares += pooled[j] * pooled[j];
+    }
+    const float factor = unit ? 1.0F / std::max(std::sqrt(squares), 1e-12F) : 1.0F;
+    auto* to = static_cast<float*>(out.row(i));
+    for (int64_t j = 0; j < size; ++j) {
+      to[j] = pooled[j] * factor;
+    }
+  });
+}
+
+void score(const TensorView& x, const TensorView& read, const TensorView& weight, float eps,
+           const TensorView& answers, const TensorView& out, Isa isa) {
+  require_dense("out", out, {count_read(x, read)}, {DType::f32});
+  require_dense("answers", answers, {2, x.shape[1]}, {DType::f32});
+  const auto* yes = answers.as<const float>();
+  const float* no = yes + x.shape[1];
+  for_each_pooled(x, read, weight, eps, kernels(isa), [&](int64_t i, const float* pooled) {
+    double margin = 0.0;
+    for (int64_t j = 0; j < x.shape[1]; ++j) {
+      margin += static_cast<double>(pooled[j]) * (yes[j] - no[j]);
+    }
+    out.as<float>()[i] = static_cast<float>(1.0 / (1.0 + std::exp(-margin)));
   });
 }
 

@@ -33,6 +33,18 @@ inline void narrow(const float* x, int64_t n, DType dtype, void* out) {
   }
 }
 
+// bfloat16 as it is, or from uint8, of which every value is exact.
+inline void copy_halves(const void* x, DType dtype, int64_t n, uint16_t* out) {
+  if (dtype == DType::bf16) {
+    std::memcpy(out, x, static_cast<size_t>(n) * 2);
+    return;
+  }
+  const auto* bytes = static_cast<const uint8_t*>(x);
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = static_cast<uint16_t>(float_to_bits(static_cast<float>(bytes[i])) >> 16);
+  }
+}
+
 // scale = max(|x|, 1e-30) / 127, ties to even; a row with NaN or infinity in it gets zeros and NaN.
 inline void quantise_row(const float* x, int64_t n, int8_t* values, float* scale) {
   // The largest bits are those of the largest magnitude, and of NaN before any number.
@@ -72,6 +84,77 @@ inline void quantise_row(const float* x, int64_t n, int8_t* values, float* scale
     const float product = x[i] * factor;
     const float scaled = product > 127.0F ? 127.0F : product < -127.0F ? -127.0F : product;
     values[i] = static_cast<int8_t>(std::nearbyint(scaled));
+  }
+}
+
+// Multiplier and values of one group, in units of the channel's scale: of the multipliers from the
+// least that clips nothing down, the one that errs least.
+inline float round_group(const float* scaled, int64_t group, F factor, float* rounded) {
+  const F limit = splat(7.0F);
+  F total = F{};
+  for (int64_t i = 0; i < group; i += kLanes) {
+    const F x = load(scaled + i);
+    const F clamped = max(min(x / factor, limit), -limit);
+    const F whole = clamped + kRound - kRound;
+    store(rounded + i, whole);
+    const F error = whole * factor - x;
+    total += error * error;
+  }
+  return sum_of(total);
+}
+
+inline void quantise_int4_row(float* x, int64_t n, int64_t group, uint8_t* pairs,
+                              uint8_t* multiplier, float* scale) {
+  constexpr float kMost = 7.0F;
+  constexpr float kMultipliers = 18.0F;
+  constexpr int kTried = 4;
+  uint32_t most_bits = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    most_bits = std::max(most_bits, float_to_bits(x[i]) & 0x7FFFFFFFU);
+  }
+  const int64_t groups = (n + group - 1) / group;
+  std::memset(x + n, 0, static_cast<size_t>(groups * group - n) * 4);
+  if (most_bits >= 0x7F800000U) {  // NaN or infinity
+    std::memset(pairs, 0x88, static_cast<size_t>(n / 2));
+    std::memset(multiplier, 1, static_cast<size_t>(groups));
+    *scale = std::numeric_limits<float>::quiet_NaN();
+    return;
+  }
+  const float unit = std::max(bits_to_float(most_bits), 1e-30F) / (kMost * kMultipliers);
+  // Rounded up to 16 significant bits: its product with a multiplier is exact, so that a file which
+  // holds the products alone gives both back.
+  *scale = bits_to_float((float_to_bits(unit) + 255U) & ~255U);
+  const F divisor = splat(*scale);
+  for (int64_t g = 0; g < groups; ++g) {
+    float* own = x + g * group;
+    float most = 0.0F;
+    for (int64_t i = 0; i < group; i += kLanes) {
+      const F scaled = load(own + i) / divisor;
+      store(own + i, scaled);
+      most = std::max(most, most_of(max(scaled, -scaled)));
+    }
+    const float unclipped = std::min(std::max(std::ceil(most / kMost), 1.0F), kMultipliers);
+    alignas(64) float tried[2][128];
+    int best = 0;
+    float least = std::numeric_limits<float>::infinity();
+    for (int below = 0; below < kTried; ++below) {
+      const float factor = unclipped - static_cast<float>(below);
+      if (factor < 1.0F) {
+        break;
+      }
+      const float error = round_group(own, group, splat(factor), tried[1 - best]);
+      if (error < least) {
+        least = error;
+        best = 1 - best;
+        multiplier[g] = static_cast<uint8_t>(factor);
+      }
+    }
+    const int64_t used = std::min(group, n - g * group);
+    for (int64_t i = 0; i < used; i += 2) {
+      const int low = static_cast<int>(tried[best][i]) + 8;
+      const int high = static_cast<int>(tried[best][i + 1]) + 8;
+      pairs[(g * group + i) / 2] = static_cast<uint8_t>(low | high << 4);
+    }
   }
 }
 

@@ -6,13 +6,13 @@
 
 // sum + the products of pairs of bfloat16. The instruction rounds less often than the emulation.
 struct DotBf16 {
-  static I dot(I sum, I x, I w) {
+  using Sum = F;  // an integer would cost GCC 12 a move each time
+  static Sum dot(Sum sum, I x, I w) {
 #if defined(QVLFAST_EMULATE)
-    const F s = as_float(sum) + as_float(x << 16) * as_float(w << 16);
-    return reinterpret_cast<I>(s + as_float(x & -65536) * as_float(w & -65536));
+    const Sum s = sum + as_float(x << 16) * as_float(w << 16);
+    return s + as_float(x & -65536) * as_float(w & -65536);
 #else
-    return reinterpret_cast<I>(_mm512_dpbf16_ps(as_float(sum), reinterpret_cast<__m512bh>(x),
-                                                reinterpret_cast<__m512bh>(w)));
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
 #endif
   }
 };
@@ -36,7 +36,8 @@ inline I dot_bytes(I sum, I bytes, I signed_bytes) {
 
 // x is int8 with 128 added.
 struct DotInt8 {
-  static I dot(I sum, I x, I w) { return dot_bytes(sum, x, w); }
+  using Sum = I;
+  static Sum dot(Sum sum, I x, I w) { return dot_bytes(sum, x, w); }
 };
 
 inline I splat_four(const uint8_t* x) {
@@ -49,12 +50,13 @@ inline I splat_four(const uint8_t* x) {
 template <int R, int P, class Op>
 inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int64_t pitch,
                      int64_t steps, int32_t* c, int64_t c_stride) {
-  I sums[R][P];
+  using Sum = typename Op::Sum;
+  Sum sums[R][P];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      sums[r][p] = load_as<I>(c + r * c_stride + p * kPanel);
+      sums[r][p] = load_as<Sum>(c + r * c_stride + p * kPanel);
     }
   }
   for (int64_t i = 0; i < steps; ++i, x += 4, w += 64) {
@@ -106,7 +108,7 @@ inline void dot_block(const BlockArgs& a) {
   const int64_t columns = a.panels * kPanel;
   const int64_t pitch = a.weight->panel_bytes;
   const int64_t all_steps = pitch / 64;
-  const int64_t inner = a.rows <= kRowGroup ? all_steps : kInner / 2;  // 16 KB of a panel
+  const int64_t inner = a.rows <= kRowGroup ? all_steps : 256;  // 16 KB of a panel
   const int64_t at_once = a.rows <= kRowGroup ? a.panels : 2;
   const auto* x = static_cast<const uint8_t*>(a.x);
   auto* c = reinterpret_cast<int32_t*>(a.c);

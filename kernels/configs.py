@@ -53,13 +53,15 @@ class GemmConfig:
 # one kind to the next as a value grows from 1 to 4 bytes. One of many rows is bound by arithmetic:
 # 128 × 128 is the largest block whose 3 stages (96 KB) fit every target; sm_90 and sm_100 have
 # 227 KB and wider matrix units, which want 256 columns. float32 multiplies on the plain units, so
-# its blocks are small enough for registers.
+# its blocks are small enough for registers. The other entries for single targets are where the
+# machine code of the general one spilled a few registers.
 _MANY = 1 << 31
 _TABLE: dict[tuple[str, str, int], GemmConfig] = {
     ("float32", "*", 16): GemmConfig(16, 64, 32, warps=4, stages=2),
     ("float32", "*", _MANY): GemmConfig(64, 64, 32, warps=8, stages=2),
     ("float16", "*", 16): GemmConfig(16, 64, 128, warps=8, stages=4),
     ("float16", "*", 64): GemmConfig(64, 64, 64, warps=4, stages=4),
+    ("float16", "sm_100", 64): GemmConfig(64, 64, 64, warps=8, stages=4),
     ("float16", "*", _MANY): GemmConfig(128, 128, 64, warps=8, stages=3),
     ("float16", "sm_90", _MANY): GemmConfig(128, 256, 64, warps=8, stages=3),
     ("float16", "sm_100", _MANY): GemmConfig(128, 256, 64, warps=8, stages=3),
@@ -69,11 +71,17 @@ _TABLE: dict[tuple[str, str, int], GemmConfig] = {
     ("fp8", "*", 16): GemmConfig(16, 64, 128, warps=4, stages=4),
     ("fp8", "*", 64): GemmConfig(64, 64, 128, warps=4, stages=4),
     ("fp8", "*", _MANY): GemmConfig(128, 128, 128, warps=8, stages=3),
+    # e4m3 with a scale a block of 128 inputs: k may not be more, and no parts are added up later.
+    ("fp8_blocks", "*", 16): GemmConfig(16, 64, 128, warps=4, stages=4),
+    ("fp8_blocks", "*", 64): GemmConfig(64, 64, 128, warps=4, stages=4),
+    ("fp8_blocks", "*", _MANY): GemmConfig(128, 128, 128, warps=8, stages=3),
+    ("fp8_blocks", "sm_120", _MANY): GemmConfig(128, 64, 128, warps=8, stages=3),
     # k is that of one half: a byte holds two inputs, a group apart. See gemm_int4.py.
     ("int4", "*", 16): GemmConfig(16, 64, 64, warps=4, stages=4),
     ("int4", "*", 64): GemmConfig(64, 64, 64, warps=4, stages=4),
+    ("int4", "sm_110", 64): GemmConfig(64, 64, 64, warps=8, stages=4),
 }
-KINDS = ("float32", "float16", "int8", "fp8", "int4")
+KINDS = ("float32", "float16", "int8", "fp8", "fp8_blocks", "int4")
 
 
 def gemm_config(
@@ -108,10 +116,10 @@ def gemm_config(
         config = replace(config, n=128)
     if gated:
         config = replace(config, n=config.n // 2)
-    if rows == 16 and kind != "float32" and not gated:
+    if rows == 16 and kind not in ("float32", "fp8_blocks") and not gated:
         tiles = -(-m // config.m) * -(-n // config.n)
         config = replace(config, split=split_of(target, tiles, k // config.k))
-    if rows > 16 and target in DESCRIPTOR_TARGETS and kind in ("float16", "int8", "fp8"):
+    if rows > 16 and target in DESCRIPTOR_TARGETS and kind not in ("float32", "int4"):
         config = replace(config, descriptors=True)
     return config
 
@@ -139,7 +147,7 @@ def main() -> None:
         ("8B down", 4096, 12288, False),
         ("8B fc1", 4304, 1152, False),
     ]
-    print("target kind     rows  layer        m × n × k      warps stages split descriptors")
+    print("target kind       rows  layer        m × n × k      warps stages split descriptors")
     for target in TARGETS:
         for kind in KINDS:
             for m in (1, 64) if kind == "int4" else (1, 64, 4096):
@@ -147,7 +155,7 @@ def main() -> None:
                     c = gemm_config(kind, target, m, n, k, gated=gated)
                     blocks = f"{c.m} × {c.n} × {c.k}"
                     print(
-                        f"{target:6} {kind:8} {m:4}  {layer:12} {blocks:14} {c.warps:5} "
+                        f"{target:6} {kind:10} {m:4}  {layer:12} {blocks:14} {c.warps:5} "
                         f"{c.stages:6} {c.split:5} {'yes' if c.descriptors else 'no'}"
                     )
 

@@ -211,10 +211,17 @@ def _product(
     extra = [t for t in (x_scale, w_scale, bias, residual) if t is not None]
     require_device(op, x, weight, *extra)
     target = target_of(x.device)
-    config = config or gemm_config(
-        kind, target, m, n, k, activation=activation, gated=gated, residual=residual is not None
-    )
     grouped = w_scale is not None and w_scale.dim() == 2
+    config = config or gemm_config(
+        "fp8_blocks" if grouped else kind,
+        target,
+        m,
+        n,
+        k,
+        activation=activation,
+        gated=gated,
+        residual=residual is not None,
+    )
     if grouped:
         # Its scales stay with the inputs they belong to, and leave no sum to add up later.
         config = replace(config, k=min(config.k, SCALE_GROUP), split=1)

@@ -84,16 +84,14 @@ def patch_embed_kernel(
     p_w_block = p_weight + o_c[None, :] * stride_weight + o_k[:, None]
     # [BM, BN]
     b_acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for i_k in range(0, tl.cdiv(K, BK)):
-        m_k = o_k < K - i_k * BK
+    for i_k in range(0, K, BK):
+        m_k = o_k < K - i_k
         # [BM, BK]
-        b_x = tl.load(p_x_block, mask=(o_n < N)[:, None] & m_k[None, :], other=0)
+        b_x = tl.load(p_x_block + i_k, mask=(o_n < N)[:, None] & m_k[None, :], other=0)
         # [BK, BN]
-        b_w = tl.load(p_w_block, mask=m_k[:, None] & (o_c < C)[None, :], other=0.0)
+        b_w = tl.load(p_w_block + i_k, mask=m_k[:, None] & (o_c < C)[None, :], other=0.0)
         # 0 to 255 are exact in all three types.
         b_acc = dot(narrow(b_x.to(tl.float32), DTYPE), b_w, b_acc)
-        p_x_block += BK
-        p_w_block += BK
     # [BM, BN]
     m = (o_n < N)[:, None] & (o_c < C)[None, :]
     b_acc += tl.load(p_bias + o_c, mask=o_c < C, other=0.0)[None, :]

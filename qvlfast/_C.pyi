@@ -88,8 +88,8 @@ def pack_int8(parts: Sequence[tuple[Tensor, Tensor]], gated: bool = False) -> Pa
 def pack_int4(
     parts: Sequence[tuple[Tensor, Tensor, Tensor]], group: int, gated: bool = False
 ) -> PackedWeight:
-    """Pack (values ``[Ni, K]`` int8 in −8 … 7, multiplier ``[Ni, ceil(K / group)]`` uint8, scale
-    ``[Ni]`` float32) below each other; group is 32, 64 or 128."""
+    """Pack (pairs ``[Ni, K / 2]``, multiplier ``[Ni, ceil(K / group)]``, scale ``[Ni]``), as
+    :func:`quantise_int4` makes them, below each other."""
 
 def unpack(weight: PackedWeight, out: Tensor) -> None:
     """Write what a weight stands for to float32 ``[n, k]``, parts below each other."""
@@ -107,7 +107,8 @@ def gemm(
     """out = activation(x · weightᵀ + bias) + residual.
 
     Args:
-        x: ``[M, K]`` float32 (for f32), bfloat16 (bf16), either of them or int8 (int8, int4).
+        x: ``[M, K]`` float32 (for f32), bfloat16 (bf16), uint8 (both of them), or float32,
+            bfloat16 or int8 (int8, int4).
         x_scale: ``[M]`` float32 of int8 rows.
         bias: ``[N]`` float32.
         activation: none, gelu_tanh, gelu_erf, silu, or swiglu, which takes a gated weight.
@@ -120,6 +121,46 @@ def gemm(
 
 def quantise_rows(x: Tensor, values: Tensor, scale: Tensor, isa: str | None = None) -> None:
     """Round rows ``[M, K]`` to int8 values with scales ``[M]``, as :mod:`qvlfast.ops.rows` says."""
+
+def quantise_int4(
+    x: Tensor,
+    group: int,
+    pairs: Tensor,
+    multiplier: Tensor,
+    scale: Tensor,
+    isa: str | None = None,
+) -> None:
+    """``[N, K]`` in two levels of scales, see :class:`qvlfast.quant.weights.Int4Weight`.
+
+    Args:
+        x: float32, bfloat16 or float16; K is even.
+        group: 32, 64 or 128.
+        pairs: ``[N, K / 2]`` uint8.
+        multiplier: ``[N, ceil(K / group)]`` uint8.
+        scale: ``[N]`` float32; NaN for a row with NaN or infinity in it.
+    """
+
+def pool(
+    x: Tensor,
+    read: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    unit: bool,
+    out: Tensor,
+    isa: str | None = None,
+) -> None:
+    """:func:`qvlfast.ops.head.pool`; ``unit`` scales the columns of ``out`` to unit length."""
+
+def score(
+    x: Tensor,
+    read: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    answers: Tensor,
+    out: Tensor,
+    isa: str | None = None,
+) -> None:
+    """:func:`qvlfast.ops.head.score`."""
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, isa: str | None = None) -> None:
     """:func:`qvlfast.ops.norm.rms_norm` on ``[M, C]``."""

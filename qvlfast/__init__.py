@@ -6,9 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .embedder import Embedder
-    from .engine import Usage
-    from .errors import BackendError, BatchError, CheckpointError, InputError, QvlfastError
+    from .errors import (
+        BackendError,
+        BatchError,
+        CheckpointError,
+        DeadlineError,
+        InputError,
+        QueueFull,
+        QvlfastError,
+    )
+    from .metrics import Metrics
     from .quant import Quantization
+    from .request import Usage
     from .reranker import Reranker
     from .runtime import Encoded, TruncationWarning
 
@@ -18,10 +27,13 @@ __all__ = [
     "BackendError",
     "BatchError",
     "CheckpointError",
+    "DeadlineError",
     "Embedder",
     "Encoded",
     "InputError",
+    "Metrics",
     "Quantization",
+    "QueueFull",
     "QvlfastError",
     "Reranker",
     "TruncationWarning",
@@ -34,14 +46,17 @@ _PLACES = {
     "BackendError": "errors",
     "BatchError": "errors",
     "CheckpointError": "errors",
+    "DeadlineError": "errors",
     "Embedder": "embedder",
     "Encoded": "runtime",
     "InputError": "errors",
+    "Metrics": "metrics",
     "Quantization": "quant",
+    "QueueFull": "errors",
     "QvlfastError": "errors",
     "Reranker": "reranker",
     "TruncationWarning": "runtime",
-    "Usage": "engine",
+    "Usage": "request",
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
@@ -13,17 +15,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from .engine import Answer, Usage
 from .errors import BatchError
 from .inputs import parse_item
+from .metrics import Metrics
 from .prompt import Prompt
 from .quant import Quantization
+from .request import Answer, Terms, Usage
 from .runtime import (
     EMPTY,
     UNLIMITED,
     Encoded,
     InputOptions,
     OnError,
+    Priority,
     Runtime,
     check_choice,
     warn_if_truncated,
@@ -67,6 +71,10 @@ class Embedder:
         batch_tokens: int = 16_384,
         batch_patches: int = 16_384,
         share_prefixes: bool = True,
+        cache_bytes: int = 512 << 20,
+        vision_cache_bytes: int = 256 << 20,
+        queue_tokens: int | None = None,
+        deterministic: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> Embedder:
@@ -94,12 +102,20 @@ class Embedder:
             batch_tokens, batch_patches: the most one forward pass holds.
             share_prefixes: compute common beginnings, equal inputs and equal pictures of a batch
                 once; vectors are the same to rounding.
+            cache_bytes: memory for keys and values of beginnings that come again in later
+                batches, such as an instruction or a rerank query; 0 keeps none.
+            vision_cache_bytes: memory for what the vision tower made of pictures; 0 keeps none.
+            queue_tokens: waiting work from which on new requests are refused with
+                :class:`QueueFull`, in tokens; None takes all. Calls of this class wait instead.
+            deterministic: promise equal bits for an input alone, in any batch and order, with
+                sharing and caches on or off. Costs nothing on the native backend, which always
+                does so; others refuse.
             revision: branch, tag or commit, for a hub id.
             local_files_only: never download.
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged or of another kind.
-            BackendError: the device or backend does not exist here.
+            BackendError: the device or backend does not exist here, or cannot be deterministic.
         """
         runtime = Runtime.load(
             model,
@@ -121,6 +137,10 @@ class Embedder:
             batch_tokens=batch_tokens,
             batch_patches=batch_patches,
             share_prefixes=share_prefixes,
+            cache_bytes=cache_bytes,
+            vision_cache_bytes=vision_cache_bytes,
+            queue_tokens=queue_tokens,
+            deterministic=deterministic,
             revision=revision,
             local_files_only=local_files_only,
         )
@@ -149,6 +169,10 @@ class Embedder:
         convert_to: Literal["numpy", "torch"] = "numpy",
         on_error: OnError = "raise",
         details: bool = False,
+        priority: Priority = "normal",
+        client: Hashable = None,
+        timeout: float | None = None,
+        vision_cache: bool = True,
     ) -> Any:
         """Embed one input, or a list of them.
 
@@ -164,6 +188,12 @@ class Embedder:
             on_error: ``raise`` answers the good items, then raises one :class:`BatchError`;
                 ``return`` returns an :class:`Encoded`.
             details: return an :class:`Encoded` with tokens, truncation and scales.
+            priority: ``interactive`` passes what other threads have under way, ``bulk`` lets
+                everything else pass; see docs/scheduler.md.
+            client: whose turn it takes; None: each call is a client of its own.
+            timeout: seconds for the whole call; items not answered by then fail with
+                :class:`DeadlineError`, and cost nothing if they have not begun.
+            vision_cache: pictures may be taken from the vision cache and put there.
 
         Returns:
             ``[N, D]`` in the order of ``inputs``, ``[D]`` for a single input; or :class:`Encoded`.
@@ -171,36 +201,63 @@ class Embedder:
         Raises:
             BatchError: some items failed, and ``on_error`` is ``raise``.
         """
-        self._check_choices(dimensions, output, convert_to, on_error)
-        single = isinstance(inputs, str | bytes | Mapping | Image.Image | np.ndarray)
-        items = [inputs] if single else list(inputs)
-        rows = np.full((len(items), self.dimensions), np.nan, dtype=np.float32)
-        usage: list[Usage | None] = [None] * len(items)
-        errors: dict[int, Exception] = {}
+        form = _Form(dimensions, normalize, output, convert_to, on_error, details)
+        self._check(form)
+        single, items = _listed(inputs)
         outcomes = self._runtime.run(
             (self._request(item, instruction) for item in items),
             total=len(items),
             show_progress=show_progress,
-            batch_tokens=batch_tokens,
+            terms=Terms.make(
+                priority=priority,
+                client=client,
+                timeout=timeout,
+                batch_tokens=batch_tokens,
+                vision_cache=vision_cache,
+            ),
         )
-        for index, outcome in enumerate(outcomes):
-            if isinstance(outcome, Answer):
-                rows[index] = outcome.value
-                usage[index] = outcome.usage
-            else:
-                errors[index] = outcome
-        warn_if_truncated(usage)
-        stored, scales = convert(cut(rows, dimensions, normalize), output)
-        vectors: Any = stored[0] if single else stored
-        if convert_to == "torch":
-            vectors = torch.from_numpy(vectors)
-        encoded = Encoded(vectors, usage, errors, scales)
-        result = encoded if details or on_error == "return" else vectors
-        if errors and on_error == "raise":
-            if single:
-                raise errors[0]
-            raise BatchError(result, errors)
-        return result
+        gathered = _Gathered(len(items), self.dimensions)
+        for outcome in outcomes:
+            gathered.add(outcome)
+        return self._finish(gathered, form, single)
+
+    async def encode_async(
+        self,
+        inputs: Any,
+        instruction: str | None = None,
+        *,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        output: VectorType = "float32",
+        batch_tokens: int | None = None,
+        convert_to: Literal["numpy", "torch"] = "numpy",
+        on_error: OnError = "raise",
+        details: bool = False,
+        priority: Priority = "normal",
+        client: Hashable = None,
+        timeout: float | None = None,
+        vision_cache: bool = True,
+    ) -> Any:
+        """:meth:`encode` for a coroutine: other tasks go on meanwhile, and cancelling this one
+        gives up its work."""
+        form = _Form(dimensions, normalize, output, convert_to, on_error, details)
+        self._check(form)
+        single, items = _listed(inputs)
+        outcomes = self._runtime.run_async(
+            (self._request(item, instruction) for item in items),
+            terms=Terms.make(
+                priority=priority,
+                client=client,
+                timeout=timeout,
+                batch_tokens=batch_tokens,
+                vision_cache=vision_cache,
+            ),
+        )
+        gathered = _Gathered(len(items), self.dimensions)
+        async with aclosing(outcomes):
+            async for outcome in outcomes:
+                gathered.add(outcome)
+        return self._finish(gathered, form, single)
 
     def encode_iter(
         self,
@@ -212,6 +269,9 @@ class Embedder:
         output: VectorType = "float32",
         batch_tokens: int | None = None,
         on_error: OnError = "raise",
+        priority: Priority = "normal",
+        client: Hashable = None,
+        vision_cache: bool = True,
     ) -> Iterator[Any]:
         """Embed an endless or huge iterable in bounded memory.
 
@@ -219,9 +279,16 @@ class Embedder:
             For each input in order its vector ``[D]``. With ``on_error="return"`` a failed
             item yields its exception instead; with ``raise`` the first one is raised.
         """
-        self._check_choices(dimensions, output, "numpy", on_error)
+        self._check(_Form(dimensions, normalize, output, "numpy", on_error, False))
         requests = (self._request(item, instruction) for item in inputs)
-        for outcome in self._runtime.run(requests, batch_tokens=batch_tokens):
+        terms = Terms.make(
+            priority=priority,
+            client=client,
+            timeout=None,
+            batch_tokens=batch_tokens,
+            vision_cache=vision_cache,
+        )
+        for outcome in self._runtime.run(requests, terms=terms):
             if isinstance(outcome, Answer):
                 warn_if_truncated([outcome.usage])
                 vector, _ = convert(cut(outcome.value[None], dimensions, normalize), output)
@@ -247,6 +314,10 @@ class Embedder:
         """The method of the official script: dicts in, a float32 tensor ``[N, D]`` out."""
         vectors: torch.Tensor = self.encode(list(inputs), normalize=normalize, convert_to="torch")
         return vectors
+
+    def metrics(self) -> Metrics:
+        """What waits, what was computed and saved, where the time went."""
+        return self._runtime.engine.metrics()
 
     def close(self) -> None:
         """Finish what was accepted and stop the threads. Calling it again does nothing."""
@@ -274,13 +345,65 @@ class Embedder:
         media = self._runtime.load_media(item, lambda: embed(EMPTY, (), UNLIMITED))
         return embed(item, media, options.max_length, options.truncate)
 
-    def _check_choices(
-        self, dimensions: int | None, output: str, convert_to: str, on_error: str
-    ) -> None:
-        check_choice("output", output, VECTOR_TYPES)
-        check_choice("convert_to", convert_to, ("numpy", "torch"))
-        check_choice("on_error", on_error, ("raise", "return"))
-        if dimensions is not None and not 1 <= dimensions <= self.dimensions:
+    def _check(self, form: _Form) -> None:
+        check_choice("output", form.output, VECTOR_TYPES)
+        check_choice("convert_to", form.convert_to, ("numpy", "torch"))
+        check_choice("on_error", form.on_error, ("raise", "return"))
+        if form.dimensions is not None and not 1 <= form.dimensions <= self.dimensions:
             raise ValueError(
-                f"dimensions is {dimensions}: this model's vectors have {self.dimensions} values"
+                f"dimensions is {form.dimensions}: this model's vectors have "
+                f"{self.dimensions} values"
             )
+
+    def _finish(self, gathered: _Gathered, form: _Form, single: bool) -> Any:
+        """What :meth:`encode` returns or raises."""
+        usage, errors = gathered.usage, gathered.errors
+        warn_if_truncated(usage, stacklevel=4)
+        rows = cut(gathered.rows, form.dimensions, form.normalize)
+        stored, scales = convert(rows, form.output)
+        vectors: Any = stored[0] if single else stored
+        if form.convert_to == "torch":
+            vectors = torch.from_numpy(vectors)
+        encoded = Encoded(vectors, usage, errors, scales)
+        result = encoded if form.details or form.on_error == "return" else vectors
+        if errors and form.on_error == "raise":
+            if single:
+                raise errors[0]
+            raise BatchError(result, errors)
+        return result
+
+
+@dataclass(frozen=True)
+class _Form:
+    """In what form a call wants its vectors; see :meth:`Embedder.encode`."""
+
+    dimensions: int | None
+    normalize: bool
+    output: VectorType
+    convert_to: Literal["numpy", "torch"]
+    on_error: OnError
+    details: bool
+
+
+class _Gathered:
+    """The outcomes of a call, in order: rows ``[N, D]`` that start as NaN, usage and errors."""
+
+    def __init__(self, count: int, width: int) -> None:
+        self.rows = np.full((count, width), np.nan, dtype=np.float32)
+        self.usage: list[Usage | None] = []
+        self.errors: dict[int, Exception] = {}
+
+    def add(self, outcome: Answer | Exception) -> None:
+        index = len(self.usage)
+        if isinstance(outcome, Answer):
+            self.rows[index] = outcome.value
+            self.usage.append(outcome.usage)
+        else:
+            self.errors[index] = outcome
+            self.usage.append(None)
+
+
+def _listed(inputs: Any) -> tuple[bool, list[Any]]:
+    """Whether it is a single input, and all inputs."""
+    single = isinstance(inputs, str | bytes | Mapping | Image.Image | np.ndarray)
+    return single, [inputs] if single else list(inputs)

@@ -1,107 +1,78 @@
 """The one way to the model: requests in, futures out.
 
-Host work (decoding pictures, tokenising) runs in a pool of threads, ahead of the model; prompts
-then wait in the scheduler; one thread takes batches from it and runs them.
+Host threads decode pictures and tokenise, ahead of the model; prompts then wait in the scheduler;
+one thread takes batches from it and runs them piece by piece. Between two pieces it looks for
+something more urgent, and runs that first.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError, InvalidStateError
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from . import _C
-from .batch import pack
-from .errors import BackendError, InputError
+from .errors import BackendError, DeadlineError, InputError, QueueFull
+from .host import HostPool
+from .metrics import Metrics
 from .model import Model
 from .prompt import Prompt
-from .scheduler import Budget, Scheduler
+from .request import DEFAULT_TERMS, Answer, Job, Pending, Terms, Usage
+from .runner import Ready, Runner
+from .scheduler import LEVELS, Budget, Planned, Scheduler
 
 # Prepared pixels that may wait for the model; beyond it the host threads pause. One patch of a
 # still is 768 bytes, so this is about 200 MB.
 _MAX_WAITING_PATCHES = 1 << 18
+# A request of so much work lets others of its level pass that are this much smaller.
+_LONG, _SHORTER = 4096, 16
 
+_LATE = "not answered within its timeout: dropped"
 _NON_FINITE = (
     "the model answered NaN or infinity for this input: with float16 weights load with "
     "dtype='bfloat16'; with others the checkpoint is damaged (run it on a plain text to see)"
 )
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What one input cost.
-
-    Attributes:
-        tokens: decoder tokens, the template and visual ones included.
-        visual_tokens: those of them that stand for pictures and videos.
-        truncated_tokens: tokens of the caller's text that were cut to fit; 0 if none.
-        video_reduced: a video was given fewer pixels than usual, to fit the length limit.
-    """
-
-    tokens: int
-    visual_tokens: int
-    truncated_tokens: int
-    video_reduced: bool
-
-
-@dataclass(frozen=True)
-class Answer:
-    """``value`` is ``[hidden_size]`` float32 from an embedder, ``[]`` from a reranker."""
-
-    value: NDArray[np.float32]
-    usage: Usage
-
-
-@dataclass(eq=False)
-class _Job:
-    prepare: Callable[[], Prompt]
-    future: Future[Answer]
-    batch_tokens: int | None
-    prompt: Prompt | None = None
-
-
-def _usage(prompt: Prompt) -> Usage:
-    return Usage(
-        tokens=len(prompt.ids),
-        visual_tokens=len(prompt.visual_index),
-        truncated_tokens=prompt.truncated_tokens,
-        video_reduced=any(m.reduced for m in prompt.media),
-    )
+class _NotWantedError(Exception):
+    """Everybody who waited for this batch has gone."""
 
 
 class Engine:
     """Runs requests through a model. Thread-safe; its threads start at the first request.
 
     Args:
-        model: the network.
-        device: where its weights are.
+        runner: the model, and what runs batches through it.
         budget: the most one batch may hold.
-        share_prefixes: compute what requests of a batch have in common once.
+        queue_work: waiting work, in tokens, from which on requests are refused.
+        ageing: seconds by which a level of priority stands back behind the next.
         host_threads: threads that prepare requests; None means one for each usable core.
     """
 
     def __init__(
         self,
-        model: Model,
-        device: torch.device,
+        runner: Runner,
         budget: Budget,
         *,
-        share_prefixes: bool = True,
+        queue_work: float = math.inf,
+        ageing: float = 5.0,
         host_threads: int | None = None,
     ) -> None:
-        self.model = model
-        self._device = device
+        self._runner = runner
         self._budget = budget
-        self._share_prefixes = share_prefixes
+        self._queue_work = queue_work
+        self._ageing = ageing
         self._host_threads = host_threads or _C.num_threads()
         self._closed = False
         self._reset()
@@ -109,135 +80,339 @@ class Engine:
         _ENGINES.add(self)
 
     def _reset(self) -> None:
-        self._start_lock = threading.Lock()
-        self._wake = threading.Condition()
-        self._scheduler: Scheduler[_Job] = Scheduler(self._budget)
-        self._host: ThreadPoolExecutor | None = None
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
+        self._scheduler = self._new_scheduler()
+        self._open: set[Job] = set()
+        self._host: HostPool[Job] | None = None
         self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._seconds = 0.0  # that batches took which ran between pieces of another
 
-    def submit(
-        self, prepare: Callable[[], Prompt], batch_tokens: int | None = None
-    ) -> Future[Answer]:
+    @property
+    def model(self) -> Model:
+        """The network."""
+        return self._runner.model
+
+    def _new_scheduler(self) -> Scheduler[Job]:
+        rates = self._runner.rates
+        return Scheduler(self._budget, rates, ageing=self._ageing, queue_work=self._queue_work)
+
+    def submit(self, prepare: Callable[[], Prompt], terms: Terms = DEFAULT_TERMS) -> Pending:
         """Queue one request.
 
         Args:
             prepare: called once, in a host thread, to make the prompt; what it raises becomes
                 the future's exception.
-            batch_tokens: a lower token budget for the batch that it will be in.
+            terms: how it is to be treated.
 
         Raises:
             BackendError: the engine is closed.
+            QueueFull: too much work waits.
         """
-        job = _Job(prepare, Future(), batch_tokens)
-        with self._start_lock:
+        job = Job(prepare, terms, LEVELS.index(terms.priority), Pending())
+        job.future.on_cancel = _when_cancelled(self, job)
+        with self._lock:
             if self._closed:
                 raise BackendError("this model was closed: load it again to use it")
+            try:
+                self._scheduler.admit()
+            except QueueFull:
+                self._runner.counters.add(refused=1)
+                raise
             if self._host is None:
-                self._host = ThreadPoolExecutor(self._host_threads, "qvlfast-host")
+                self._host = HostPool(self._host_threads, self._prepare, self._has_room)
                 self._thread = threading.Thread(target=self._loop, name="qvlfast", daemon=True)
                 self._thread.start()
-            self._host.submit(self._prepare, job)
+            self._open.add(job)
+            self._runner.counters.add(submitted=1)
+            self._host.submit(job, job.level, terms.client)
         return job.future
+
+    def metrics(self) -> Metrics:
+        """Counters and gauges as they are now."""
+        prefixes, vision = self._runner.counts
+        with self._lock:
+            scheduler = self._scheduler
+            values: dict[str, Any] = self._runner.counters.values()
+            return Metrics(
+                **values,
+                preparing=scheduler.preparing,
+                waiting=len(scheduler),
+                waiting_work=scheduler.waiting_work,
+                oldest_wait=scheduler.age(time.monotonic()),
+                budget_tokens=scheduler.budget.tokens,
+                prefix_cache=prefixes,
+                vision_cache=vision,
+            )
 
     def close(self) -> None:
         """Answer what was accepted, then stop. Calling it again does nothing."""
-        thread = self._thread
-        self.stop(wait=True)
-        if thread is not None:
-            thread.join()
+        with self._lock:
+            host, thread = self._host, self._thread
+            self.stop()
+        for ending in (host, thread):
+            if ending is not None:
+                ending.join()
 
-    def stop(self, wait: bool = False) -> None:
-        """Stop the threads once the queue is empty.
-
-        Args:
-            wait: first wait for requests that are still being prepared; without it there must
-                be none.
-        """
-        with self._start_lock:
+    def stop(self) -> None:
+        """Accept nothing more, and let the threads end when everything is answered."""
+        with self._lock:
             self._closed = True
             host, self._host, self._thread = self._host, None, None
-        if host is not None:
-            host.shutdown(wait=wait)
-        with self._wake:
-            self._stopping = True
+            if host is not None:
+                host.close()
             self._wake.notify_all()
 
     def abandon(self) -> None:
-        """Drop what waits, and return when the engine's thread has ended."""
-        thread = self._thread
-        with self._wake:
-            while self._scheduler.pop_batch():
-                pass
-        self.stop()
-        if thread is not None:
-            thread.join()
+        """Fail what is not answered yet, and return when the threads have ended."""
+        with self._lock:
+            self._closed = True
+            left = list(self._open)
+            self._scheduler.drain()
+        for job in left:
+            job.future.unwanted = True
+            self._fail(job, BackendError("this model was closed before it answered"))
+        self.close()
 
-    def _prepare(self, job: _Job) -> None:
-        with self._wake:
-            self._wake.wait_for(lambda: self._scheduler.waiting_patches < _MAX_WAITING_PATCHES)
-        if job.future.cancelled():
-            return
+    # In the host threads.
+
+    def _has_room(self, level: int) -> bool:
+        # What is urgent does not wait for the pictures of what is not.
+        most = _MAX_WAITING_PATCHES * (2 if level == 0 else 1)
+        return self._scheduler.waiting_patches < most
+
+    def _prepare(self, job: Job) -> None:
+        """Make a job's prompt and queue it; whatever happens, somebody answers for it."""
         try:
-            job.prompt = job.prepare()
+            ready = self._make_ready(job)
         except BaseException as error:
-            _fail(job, error)
-            return
-        if self._share_prefixes:
-            for media in job.prompt.media:
-                _ = media.digest  # computed here, where it does not hold up the model
-        patches = sum(len(m.pixels) for m in job.prompt.media)
-        with self._wake:
-            self._scheduler.push(
-                job,
-                tokens=len(job.prompt.ids),
-                patches=patches,
-                batch_tokens=job.batch_tokens,
-            )
-            self._wake.notify_all()
+            ready = None
+            self._fail(job, error)
+        with self._lock:
+            if ready is not None and not job.gone:
+                job.ready = ready
+                job.counted = False
+                job.ticket = self._scheduler.push(
+                    job,
+                    ready.cost,
+                    time.monotonic(),
+                    level=job.level,
+                    client=job.terms.client,
+                    deadline=job.terms.deadline,
+                    batch_tokens=job.terms.batch_tokens,
+                )
+                self._wake.notify_all()
+
+    def _make_ready(self, job: Job) -> Ready | None:
+        prepare, job.prepare = job.prepare, None
+        if job.gone or prepare is None:
+            return None
+        start = time.perf_counter()
+        if time.monotonic() >= job.terms.deadline:
+            raise DeadlineError(_LATE)
+        ready = self._runner.ready(prepare(), job.terms.vision_cache)
+        self._runner.counters.add_seconds("prepare", time.perf_counter() - start)
+        return ready
+
+    # In the engine's thread.
 
     def _loop(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: len(self._scheduler) or self._stopping)
+                self._wake.wait_for(lambda: len(self._scheduler) or self._done())
                 if not len(self._scheduler):
                     return
+                start = time.monotonic()
+                while (left := start + self._scheduler.lull() - time.monotonic()) > 0:
+                    self._wake.wait(left)
             self._step()
 
-    def _step(self) -> None:
-        """Run one batch. A waiting thread keeps nothing of the last one alive."""
-        with self._wake:
-            jobs = self._scheduler.pop_batch()
-            self._wake.notify_all()
-        running = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-        if running:
-            self._run(running)
+    def _done(self) -> bool:
+        return self._closed and not self._open
 
-    def _run(self, jobs: Sequence[_Job]) -> None:
-        """Run a batch; if it fails, halve it until the failing request stands alone."""
-        prompts = [job.prompt for job in jobs if job.prompt is not None]
+    def _step(self, above: int = len(LEVELS), most: float = math.inf) -> None:
+        """Run one batch, if something waits that may. A waiting thread keeps nothing of the last
+        one alive."""
         try:
-            merge = self.model.config.vision.spatial_merge_size
-            packed = pack(prompts, merge, self._device, share=self._share_prefixes)
-            values = self.model.forward(packed.batch).cpu().numpy()[packed.rows]
+            planned, running = self._take(above, most)
         except BaseException as error:
-            if len(jobs) == 1:
-                _fail(jobs[0], error)
-            else:
-                middle = len(jobs) // 2
-                self._run(jobs[:middle])
-                self._run(jobs[middle:])
+            # A bug of ours, outside the batches: whoever waits is told, and work goes on.
+            self._start_anew(error)
             return
-        for job, prompt, value in zip(jobs, prompts, values, strict=True):
-            if np.isfinite(value).all():
-                job.future.set_result(Answer(value, _usage(prompt)))
+        if planned is None:
+            return
+        before, start = self._seconds, time.perf_counter()
+        try:
+            self._run(running, planned)
+        except BaseException as error:
+            for job in running:
+                self._fail(job, error)
+        took = time.perf_counter() - start
+        own = took - (self._seconds - before) if running else 0.0
+        self._seconds = before + took
+        with self._lock:
+            self._scheduler.finished(planned, time.monotonic(), own)
+
+    def _take(self, above: int, most: float) -> tuple[Planned[Job] | None, list[Job]]:
+        """The next batch, and those of its jobs that are still wanted."""
+        running = []
+        with self._lock:
+            now = time.monotonic()
+            planned = self._scheduler.pop(now, above=above, most=most)
+            expired = self._scheduler.expired(now)
+            budget = self._scheduler.budget
+            for job in planned.jobs if planned else ():
+                if job.future.set_running_or_notify_cancel():
+                    running.append(job)
+                elif self._settle(job):
+                    self._runner.counters.add(cancelled=1)
+        for job in expired:
+            self._fail(job, DeadlineError(_LATE))
+        if planned is not None:
+            self._runner.counters.add_batch(min(1.0, planned.tokens / budget.tokens))
+        if planned is not None or expired:
+            self._made_room()
+        return planned, running
+
+    def _made_room(self) -> None:
+        """Fewer pixels wait: host threads may go on."""
+        host = self._host
+        if host is not None:
+            host.wake()
+
+    def _start_anew(self, error: BaseException) -> None:
+        with self._lock:
+            lost = [j for j in self._open if j.ticket is not None and not j.future.running()]
+            self._scheduler = self._new_scheduler()
+            self._scheduler.preparing = sum(job.counted for job in self._open)
+        self._made_room()
+        for job in lost:
+            self._fail(job, error)
+
+    def _run(self, jobs: Sequence[Job], planned: Planned[Job], again: bool = True) -> None:
+        """Run a batch; if it fails, halve it until the failing request stands alone."""
+        if not jobs:
+            return
+        try:
+            values = self._drive(jobs, planned)
+        except _NotWantedError:
+            for job in jobs:
+                self._fail(job, CancelledError() if job.future.unwanted else DeadlineError(_LATE))
+        except BaseException as error:
+            out_of_memory = _is_memory_fault(error)
+            if out_of_memory:
+                self._runner.counters.add(memory_faults=1)
+                self._runner.forget()
+                with self._lock:
+                    self._scheduler.shrink()
+            if len(jobs) > 1:
+                middle = len(jobs) // 2
+                self._run(jobs[:middle], planned)
+                self._run(jobs[middle:], planned)
+            elif out_of_memory and again:
+                self._run(jobs, planned, again=False)
             else:
-                _fail(job, InputError("non_finite", _NON_FINITE))
+                self._fail(jobs[0], error)
+        else:
+            for job, value in zip(jobs, values, strict=True):
+                self._answer(job, value)
+
+    def _drive(self, jobs: Sequence[Job], planned: Planned[Job]) -> NDArray[np.float32]:
+        """Run the pieces of a batch; in between, one batch of what may pass it."""
+        above, most = planned.level, math.inf
+        if len(jobs) == 1 and planned.work >= _LONG:
+            above, most = planned.level + 1, planned.work / _SHORTER
+        pieces = self._runner.run([job.ready for job in jobs if job.ready is not None])
+        with contextlib.closing(pieces):
+            while True:
+                result = _next(pieces)
+                if result is not None:
+                    return result
+                now = time.monotonic()
+                if not any(job.wanted(now) for job in jobs):
+                    raise _NotWantedError
+                if len(self._scheduler):
+                    self._step(above, most)
+
+    # In any thread.
+
+    def _answer(self, job: Job, value: NDArray[np.float32]) -> None:
+        ready = job.ready
+        if ready is None or not np.isfinite(value).all():
+            self._fail(job, InputError("non_finite", _NON_FINITE))
+            return
+        if self._settle(job):
+            self._runner.counters.add(answered=1)
+            with contextlib.suppress(InvalidStateError):
+                job.future.set_result(Answer(value, Usage.of(ready.prompt)))
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if not self._settle(job):
+            return
+        if isinstance(error, DeadlineError):
+            self._runner.counters.add(expired=1)
+        elif isinstance(error, CancelledError):
+            self._runner.counters.add(cancelled=1)
+        else:
+            self._runner.counters.add_error(error)
+        with contextlib.suppress(InvalidStateError):
+            job.future.set_exception(error)
+
+    def _cancelled(self, job: Job) -> None:
+        """A future was cancelled before it was in a batch."""
+        with self._lock:
+            if job.ticket is not None:
+                self._scheduler.cancel(job.ticket)
+            if self._settle(job):
+                self._runner.counters.add(cancelled=1)
+                job.future.set_running_or_notify_cancel()  # tells those who wait for it
+        self._made_room()
+
+    def _settle(self, job: Job) -> bool:
+        """Let go of a job; whether it was still open."""
+        with self._lock:
+            if job.gone:
+                return False
+            job.gone = True
+            if job.counted:
+                job.counted = False
+                self._scheduler.withdraw()
+            job.future.on_cancel = None
+            job.prepare = job.ready = None
+            self._open.discard(job)
+            if self._done():
+                self._wake.notify_all()
+            return True
 
 
-def _fail(job: _Job, error: BaseException) -> None:
-    with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
-        job.future.set_exception(error)
+def _next(
+    pieces: Generator[None, None, NDArray[np.float32]],
+) -> NDArray[np.float32] | None:
+    """Run one piece; the result, if it was the last."""
+    try:
+        next(pieces)
+    except StopIteration as stop:
+        return stop.value
+    return None
+
+
+def _is_memory_fault(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch's own allocator for the CPU has no class for it.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _when_cancelled(engine: Engine, job: Job) -> Callable[[], None]:
+    """A future that somebody keeps does not keep the model."""
+    reference = weakref.ref(engine)
+
+    def tell() -> None:
+        alive = reference()
+        if alive is not None:
+            alive._cancelled(job)
+
+    return tell
 
 
 def _after_fork(engine: Engine) -> None:
@@ -247,6 +422,7 @@ def _after_fork(engine: Engine) -> None:
     def reset() -> None:
         alive = reference()
         if alive is not None:
+            alive._runner.reset()
             alive._reset()
 
     if hasattr(os, "register_at_fork"):

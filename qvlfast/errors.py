@@ -46,6 +46,30 @@ class InputError(QvlfastError, ValueError):
         return type(self), (self.code, str(self))
 
 
+class QueueFull(QvlfastError):  # noqa: N818  # like queue.Full
+    """So much work waits that a new request was not accepted.
+
+    Attributes:
+        retry_after: seconds after which there should be room again.
+        queued: the waiting work, in tokens.
+    """
+
+    def __init__(self, retry_after: float, queued: float) -> None:
+        super().__init__(
+            f"the queue is full ({queued:.0f} tokens of work wait): "
+            f"try again in {retry_after:.1f} s"
+        )
+        self.retry_after = retry_after
+        self.queued = queued
+
+    def __reduce__(self) -> tuple[type[QueueFull], tuple[float, float]]:
+        return type(self), (self.retry_after, self.queued)
+
+
+class DeadlineError(QvlfastError, TimeoutError):
+    """A request was not answered within its ``timeout``; it was dropped."""
+
+
 class BatchError(QvlfastError):
     """Some items of a call failed; the others are done and kept.
 

@@ -1,4 +1,4 @@
-"""The emoji pictures that come with the package, with their names in fourteen languages.
+"""The emoji pictures that come with the package, with their names in eight languages.
 
 Pictures are Noto Color Emoji's, names the Unicode CLDR's; see ``NOTICE``.
 """
@@ -16,6 +16,7 @@ from PIL import Image
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDER = ASSETS / "emoji-embedder"
+RERANKER = ASSETS / "emoji-reranker"
 SPRITE_SIZE = 96
 
 _SHEET = ASSETS / "emoji-gallery.webp"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -13,18 +15,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .engine import Answer, Usage
 from .errors import BatchError, InputError
 from .inputs import Item, parse_item
+from .metrics import Metrics
 from .pixels import Patches
 from .prompt import Prompt
 from .quant import Quantization
+from .request import Answer, Terms, Usage
 from .runtime import (
     EMPTY,
     UNLIMITED,
     Encoded,
     InputOptions,
     OnError,
+    Priority,
     Runtime,
     check_choice,
     warn_if_truncated,
@@ -67,6 +71,10 @@ class Reranker:
         batch_tokens: int = 16_384,
         batch_patches: int = 16_384,
         share_prefixes: bool = True,
+        cache_bytes: int = 512 << 20,
+        vision_cache_bytes: int = 256 << 20,
+        queue_tokens: int | None = None,
+        deterministic: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> Reranker:
@@ -78,7 +86,7 @@ class Reranker:
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged or of another kind.
-            BackendError: the device or backend does not exist here.
+            BackendError: the device or backend does not exist here, or cannot be deterministic.
         """
         runtime = Runtime.load(
             model,
@@ -100,6 +108,10 @@ class Reranker:
             batch_tokens=batch_tokens,
             batch_patches=batch_patches,
             share_prefixes=share_prefixes,
+            cache_bytes=cache_bytes,
+            vision_cache_bytes=vision_cache_bytes,
+            queue_tokens=queue_tokens,
+            deterministic=deterministic,
             revision=revision,
             local_files_only=local_files_only,
         )
@@ -116,6 +128,10 @@ class Reranker:
         batch_tokens: int | None = None,
         show_progress: bool | None = None,
         on_error: OnError = "raise",
+        priority: Priority = "normal",
+        client: Hashable = None,
+        timeout: float | None = None,
+        vision_cache: bool = True,
     ) -> list[dict[str, Any]]:
         """Score every document against one query; best first.
 
@@ -127,6 +143,7 @@ class Reranker:
             return_documents: put the document itself into its result.
             on_error: ``raise`` scores the good documents, then raises one :class:`BatchError`;
                 ``return`` puts failed ones last, with score NaN and an ``error``.
+            priority, client, timeout, vision_cache: as in :meth:`qvlfast.Embedder.encode`.
 
         Returns:
             A dict for each document: ``index`` in ``documents``, ``score``, and on request
@@ -136,31 +153,63 @@ class Reranker:
             InputError: the query itself is at fault.
             BatchError: some documents failed, and ``on_error`` is ``raise``.
         """
-        check_choice("on_error", on_error, ("raise", "return"))
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}: use a positive number, or None for all")
+        form = _Ranking(top_k, return_documents, on_error)
         documents = list(documents)
         if _is_empty(query) or not documents:
             return []
-        query_item = parse_item(query)
-        query_media = self._query_media(query_item, instruction)
-        requests = (
-            partial(self._prepare, query_item, query_media, document, instruction)
-            for document in documents
+        terms = Terms.make(
+            priority=priority,
+            client=client,
+            timeout=timeout,
+            batch_tokens=batch_tokens,
+            vision_cache=vision_cache,
         )
-        scored = self._score(requests, len(documents), show_progress, batch_tokens)
-        order = np.argsort(-scored.vectors, kind="stable")  # NaN sorts last
-        results = []
-        for index in order.tolist()[:top_k]:
-            result: dict[str, Any] = {"index": index, "score": float(scored.vectors[index])}
-            if return_documents:
-                result["document"] = documents[index]
-            if index in scored.errors:
-                result["error"] = scored.errors[index]
-            results.append(result)
-        if scored.errors and on_error == "raise":
-            raise BatchError(results, scored.errors)
-        return results
+        item = parse_item(query)
+        media = self._query_media(item, instruction)
+        outcomes = self._runtime.run(
+            self._against(item, media, documents, instruction),
+            total=len(documents),
+            show_progress=show_progress,
+            terms=terms,
+        )
+        return _ranked(_scored(list(outcomes)), documents, form)
+
+    async def rank_async(
+        self,
+        query: Any,
+        documents: Sequence[Any],
+        instruction: str | None = None,
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_tokens: int | None = None,
+        on_error: OnError = "raise",
+        priority: Priority = "normal",
+        client: Hashable = None,
+        timeout: float | None = None,
+        vision_cache: bool = True,
+    ) -> list[dict[str, Any]]:
+        """:meth:`rank` for a coroutine: other tasks go on meanwhile, and cancelling this one
+        gives up its work."""
+        form = _Ranking(top_k, return_documents, on_error)
+        documents = list(documents)
+        if _is_empty(query) or not documents:
+            return []
+        terms = Terms.make(
+            priority=priority,
+            client=client,
+            timeout=timeout,
+            batch_tokens=batch_tokens,
+            vision_cache=vision_cache,
+        )
+        item = parse_item(query)
+        media = await asyncio.to_thread(self._query_media, item, instruction)
+        outcomes = self._runtime.run_async(
+            self._against(item, media, documents, instruction), terms=terms
+        )
+        async with aclosing(outcomes):
+            scored = _scored([outcome async for outcome in outcomes])
+        return _ranked(scored, documents, form)
 
     def predict(
         self,
@@ -171,14 +220,18 @@ class Reranker:
         show_progress: bool | None = None,
         on_error: OnError = "raise",
         details: bool = False,
+        priority: Priority = "normal",
+        client: Hashable = None,
+        timeout: float | None = None,
+        vision_cache: bool = True,
     ) -> Any:
         """Score (query, document) pairs.
 
         Args:
             pairs: a list of pairs, or one pair as a tuple.
             instruction: what counts as relevant; a query's own ``instruction`` comes first.
-            on_error, details: as in :meth:`qvlfast.Embedder.encode`; the scores are the
-                ``vectors`` of the result.
+            on_error, details, priority, client, timeout, vision_cache: as in
+                :meth:`qvlfast.Embedder.encode`; the scores are the ``vectors`` of the result.
 
         Returns:
             Scores ``[N]`` float32 in the order of ``pairs``; a float for one pair.
@@ -187,17 +240,51 @@ class Reranker:
             BatchError: some pairs failed, and ``on_error`` is ``raise``.
         """
         check_choice("on_error", on_error, ("raise", "return"))
-        single = isinstance(pairs, tuple) and len(pairs) == 2
-        items = [pairs] if single else list(pairs)
-        requests = (partial(self._prepare_pair, pair, instruction) for pair in items)
-        scored = self._score(requests, len(items), show_progress, batch_tokens)
-        scores = float(scored.vectors[0]) if single else scored.vectors
-        result = scored if details or on_error == "return" else scores
-        if scored.errors and on_error == "raise":
-            if single:
-                raise scored.errors[0]
-            raise BatchError(result, scored.errors)
-        return result
+        single, items = _pairs(pairs)
+        outcomes = self._runtime.run(
+            (partial(self._prepare_pair, pair, instruction) for pair in items),
+            total=len(items),
+            show_progress=show_progress,
+            terms=Terms.make(
+                priority=priority,
+                client=client,
+                timeout=timeout,
+                batch_tokens=batch_tokens,
+                vision_cache=vision_cache,
+            ),
+        )
+        return _predicted(_scored(list(outcomes)), single, on_error, details)
+
+    async def predict_async(
+        self,
+        pairs: Any,
+        instruction: str | None = None,
+        *,
+        batch_tokens: int | None = None,
+        on_error: OnError = "raise",
+        details: bool = False,
+        priority: Priority = "normal",
+        client: Hashable = None,
+        timeout: float | None = None,
+        vision_cache: bool = True,
+    ) -> Any:
+        """:meth:`predict` for a coroutine: other tasks go on meanwhile, and cancelling this one
+        gives up its work."""
+        check_choice("on_error", on_error, ("raise", "return"))
+        single, items = _pairs(pairs)
+        outcomes = self._runtime.run_async(
+            (partial(self._prepare_pair, pair, instruction) for pair in items),
+            terms=Terms.make(
+                priority=priority,
+                client=client,
+                timeout=timeout,
+                batch_tokens=batch_tokens,
+                vision_cache=vision_cache,
+            ),
+        )
+        async with aclosing(outcomes):
+            scored = _scored([outcome async for outcome in outcomes])
+        return _predicted(scored, single, on_error, details)
 
     def process(self, inputs: Mapping[str, Any]) -> list[float]:
         """The method of the official script.
@@ -222,6 +309,10 @@ class Reranker:
         scores: NDArray[np.float32] = self.predict(pairs, inputs.get("instruction"))
         return [float(score) for score in scores]
 
+    def metrics(self) -> Metrics:
+        """What waits, what was computed and saved, where the time went."""
+        return self._runtime.engine.metrics()
+
     def close(self) -> None:
         """Finish what was accepted and stop the threads. Calling it again does nothing."""
         self._runtime.engine.close()
@@ -237,27 +328,18 @@ class Reranker:
     ) -> None:
         self.close()
 
-    def _score(
+    def _against(
         self,
-        requests: Iterable[Callable[[], Prompt]],
-        total: int,
-        show_progress: bool | None,
-        batch_tokens: int | None,
-    ) -> Encoded:
-        scores = np.full(total, np.nan, dtype=np.float32)
-        usage: list[Usage | None] = [None] * total
-        errors: dict[int, Exception] = {}
-        outcomes = self._runtime.run(
-            requests, total=total, show_progress=show_progress, batch_tokens=batch_tokens
+        query: Item,
+        query_media: list[Patches],
+        documents: Sequence[Any],
+        instruction: str | None,
+    ) -> Iterator[Callable[[], Prompt]]:
+        """The requests of one query and its documents."""
+        return (
+            partial(self._prepare, query, query_media, document, instruction)
+            for document in documents
         )
-        for index, outcome in enumerate(outcomes):
-            if isinstance(outcome, Answer):
-                scores[index] = outcome.value
-                usage[index] = outcome.usage
-            else:
-                errors[index] = outcome
-        warn_if_truncated(usage, stacklevel=4)
-        return Encoded(scores, usage, errors)
 
     def _prepare_pair(self, pair: Any, instruction: str | None) -> Prompt:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -308,6 +390,68 @@ class Reranker:
         media = self._runtime.load_media(item, rest)
         max_length = self._runtime.options.max_length
         return self._prompt(query, query_media, item, media, instruction, max_length)
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """In what form a call wants its ranking; see :meth:`Reranker.rank`."""
+
+    top_k: int | None
+    return_documents: bool
+    on_error: OnError
+
+    def __post_init__(self) -> None:
+        check_choice("on_error", self.on_error, ("raise", "return"))
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}: use a positive number, or None for all")
+
+
+def _scored(outcomes: Sequence[Answer | Exception]) -> Encoded:
+    """The scores of a call."""
+    scores = np.full(len(outcomes), np.nan, dtype=np.float32)
+    usage: list[Usage | None] = [None] * len(outcomes)
+    errors: dict[int, Exception] = {}
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, Answer):
+            scores[index] = outcome.value
+            usage[index] = outcome.usage
+        else:
+            errors[index] = outcome
+    warn_if_truncated(usage, stacklevel=4)
+    return Encoded(scores, usage, errors)
+
+
+def _ranked(scored: Encoded, documents: Sequence[Any], form: _Ranking) -> list[dict[str, Any]]:
+    """What :meth:`Reranker.rank` returns or raises."""
+    order = np.argsort(-scored.vectors, kind="stable")  # NaN sorts last
+    results = []
+    for index in order.tolist()[: form.top_k]:
+        result: dict[str, Any] = {"index": index, "score": float(scored.vectors[index])}
+        if form.return_documents:
+            result["document"] = documents[index]
+        if index in scored.errors:
+            result["error"] = scored.errors[index]
+        results.append(result)
+    if scored.errors and form.on_error == "raise":
+        raise BatchError(results, scored.errors)
+    return results
+
+
+def _pairs(pairs: Any) -> tuple[bool, list[Any]]:
+    """Whether it is a single pair, and all pairs."""
+    single = isinstance(pairs, tuple) and len(pairs) == 2
+    return single, [pairs] if single else list(pairs)
+
+
+def _predicted(scored: Encoded, single: bool, on_error: OnError, details: bool) -> Any:
+    """What :meth:`Reranker.predict` returns or raises."""
+    scores = float(scored.vectors[0]) if single else scored.vectors
+    result = scored if details or on_error == "return" else scores
+    if scored.errors and on_error == "raise":
+        if single:
+            raise scored.errors[0]
+        raise BatchError(result, scored.errors)
+    return result
 
 
 def _is_empty(query: Any) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
+import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,13 +21,16 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint, locate
 from .config import ModelConfig, load_config, load_pixel_config
 from .dispatch import check_backend, choose_device, choose_ops
-from .engine import Answer, Engine, Usage
+from .engine import Engine
+from .errors import BackendError, QueueFull
 from .inputs import Item
 from .media import MediaPolicy
 from .model import Model
 from .pixels import Patches, PixelLimits
 from .prompt import Prompt, Prompter
 from .quant import Quantization
+from .request import DEFAULT_TERMS, Answer, Pending, Terms, Usage
+from .runner import Runner, Sharing
 from .scheduler import Budget
 from .video import item_patches
 from .weights import load_weights, stored_dtype
@@ -41,12 +46,16 @@ DTYPES = {
 # endless input stays in bounded memory.
 _WINDOW = 256
 
+# How soon a call that found the queue full looks again.
+_RETRY_SECONDS = 0.05
+
 # In place of max_length: a prompt that is made only to be measured is never too long.
 UNLIMITED = 1 << 30
 EMPTY = Item(texts=("",))
 
 
 OnError = Literal["raise", "return"]
+Priority = Literal["interactive", "normal", "bulk"]
 
 
 class TruncationWarning(UserWarning):
@@ -161,6 +170,10 @@ class Runtime:
         batch_tokens: int,
         batch_patches: int,
         share_prefixes: bool,
+        cache_bytes: int,
+        vision_cache_bytes: int,
+        queue_tokens: int | None,
+        deterministic: bool,
         revision: str | None,
         local_files_only: bool,
     ) -> Runtime:
@@ -168,13 +181,22 @@ class Runtime:
         torch_device = choose_device(device)
         torch_dtype = parse_dtype(dtype)
         plan = Quantization.parse(quantization)
-        budget = Budget(batch_tokens, batch_patches)
+        # Long prompts and large pictures cost more than their tokens: a batch of them is smaller.
+        budget = Budget(batch_tokens, batch_patches, work=2.0 * batch_tokens)
+        sharing = Sharing(share_prefixes, cache_bytes, vision_cache_bytes)
+        if queue_tokens is not None and queue_tokens < 1:
+            raise ValueError(f"queue_tokens is {queue_tokens}: use a positive number, or None")
         check_backend(backend)
         folder = locate(model, revision=revision, local_files_only=local_files_only)
         config = load_config(folder)
         checkpoint = Checkpoint(folder)
         torch_dtype = torch_dtype or stored_dtype(checkpoint)
         ops = choose_ops(backend, torch_device, torch_dtype, plan.format if plan else None)
+        if deterministic and ops.name != "native":
+            raise BackendError(
+                f"backend {ops.name!r} does not promise equal bits: deterministic=True needs "
+                "backend='native', in float32 or bfloat16"
+            )
         prompter = Prompter(folder, config)
         answer_ids = (prompter.token_id("yes"), prompter.token_id("no")) if reranker else None
         weights = load_weights(
@@ -188,7 +210,8 @@ class Runtime:
             quantization=plan,
         )
         network = Model(config, weights, ops)
-        engine = Engine(network, torch_device, budget, share_prefixes=share_prefixes)
+        runner = Runner(network, torch_device, sharing)
+        engine = Engine(runner, budget, queue_work=queue_tokens or math.inf)
         return cls(config, prompter, engine, options)
 
     def load_media(self, item: Item, rest: Callable[[], Prompt]) -> list[Patches]:
@@ -208,17 +231,18 @@ class Runtime:
         *,
         total: int | None = None,
         show_progress: bool | None = False,
-        batch_tokens: int | None = None,
+        terms: Terms = DEFAULT_TERMS,
     ) -> Iterator[Answer | Exception]:
         """Answer requests in their order, a bounded number of them under way at once.
 
-        An item that fails yields its exception. If the caller stops early, by an exception or
-        Ctrl-C too, what has not started is cancelled.
+        An item that fails yields its exception. Where the engine's queue is full, the call waits
+        its turn. If the caller stops early, by an exception or Ctrl-C too, what is under way is
+        given up.
 
         Args:
             show_progress: None shows a bar on a terminal once the work takes over two seconds.
         """
-        pending: deque[Future[Answer]] = deque()
+        pending: deque[Pending] = deque()
         bar = _Bar(
             total=total,
             disable=None if show_progress is None else not show_progress,
@@ -227,24 +251,77 @@ class Runtime:
         )
         try:
             for prepare in requests:
-                pending.append(self.engine.submit(prepare, batch_tokens))
+                while (future := self._try(prepare, terms)) is None:
+                    if pending:
+                        outcome = _outcome(pending[0])
+                        pending.popleft()
+                        yield outcome
+                        bar.update()
+                    else:
+                        time.sleep(_RETRY_SECONDS)
+                pending.append(future)
                 if len(pending) >= _WINDOW:
-                    yield _outcome(pending.popleft())
+                    outcome = _outcome(pending[0])
+                    pending.popleft()
+                    yield outcome
                     bar.update()
             while pending:
-                yield _outcome(pending.popleft())
+                outcome = _outcome(pending[0])
+                pending.popleft()
+                yield outcome
                 bar.update()
         finally:
             for future in pending:
                 future.cancel()
             bar.close()
 
+    async def run_async(
+        self, requests: Iterable[Callable[[], Prompt]], *, terms: Terms = DEFAULT_TERMS
+    ) -> AsyncGenerator[Answer | Exception, None]:
+        """:meth:`run` for a coroutine: other tasks go on while it waits."""
+        pending: deque[Pending] = deque()
+        try:
+            for prepare in requests:
+                while (future := self._try(prepare, terms)) is None:
+                    if pending:
+                        outcome = await _outcome_async(pending[0])
+                        pending.popleft()
+                        yield outcome
+                    else:
+                        await asyncio.sleep(_RETRY_SECONDS)
+                pending.append(future)
+                if len(pending) >= _WINDOW:
+                    outcome = await _outcome_async(pending[0])
+                    pending.popleft()
+                    yield outcome
+            while pending:
+                outcome = await _outcome_async(pending[0])
+                pending.popleft()
+                yield outcome
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _try(self, prepare: Callable[[], Prompt], terms: Terms) -> Pending | None:
+        try:
+            return self.engine.submit(prepare, terms)
+        except QueueFull:
+            return None
+
 
 class _Bar(tqdm):
     monitor_interval = 0  # no thread that watches over bars
 
 
-def _outcome(future: Future[Answer]) -> Answer | Exception:
+async def _outcome_async(future: Pending) -> Answer | Exception:
+    waiting = asyncio.wrap_future(future)
+    await asyncio.wait([waiting])
+    if not waiting.cancelled():
+        waiting.exception()  # seen: otherwise asyncio logs that nobody did
+    return _outcome(future)
+
+
+def _outcome(future: Pending) -> Answer | Exception:
     error = future.exception()
     if error is None:
         return future.result()

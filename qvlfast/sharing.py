@@ -7,6 +7,10 @@ call with the same query, its pictures included.
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,18 +20,96 @@ from numpy.typing import NDArray
 
 from .prompt import Prompt
 
-# A segment of its own costs about as much as computing this many tokens again.
-_MIN_SAVED = 8
+# A segment of its own costs about as much as computing this many tokens again. (scheduler.py
+# counts on it: _NOT_SHARED.)
+MIN_SAVED = 8
+
+
+class Number:
+    """Stands for one picture in token keys, as long as somebody holds it."""
+
+    __slots__ = ("__weakref__", "value")
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+class Numbers:
+    """A number for each picture by its ``digest``. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = itertools.count()
+        self._known: weakref.WeakValueDictionary[bytes, Number] = weakref.WeakValueDictionary()
+
+    def of(self, digest: bytes) -> Number:
+        """The number of a picture, that of equal ones that are still around."""
+        with self._lock:
+            number = self._known.get(digest)
+            if number is None:
+                number = self._known[digest] = Number(next(self._next))
+            return number
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """What is equal for equal tokens only.
+
+    Attributes:
+        tokens: int64 ``[T]``: the id, or for a pad the picture and the place in it.
+        order: the same as bytes: their order brings common beginnings together.
+        numbers: hold on to what ``tokens`` say about pictures.
+    """
+
+    tokens: NDArray[np.int64]
+    order: bytes
+    numbers: tuple[Number, ...] = ()
+
+    @classmethod
+    def of(cls, tokens: NDArray[np.int64], numbers: tuple[Number, ...] = ()) -> Keys:
+        return cls(tokens, tokens.astype(">i8").tobytes(), numbers)
+
+    @classmethod
+    def of_prompt(cls, prompt: Prompt, numbers: Numbers) -> Keys:
+        keys = prompt.ids.astype(np.int64)
+        used, held = 0, []
+        for media in prompt.media:
+            number = numbers.of(media.digest)
+            held.append(number)
+            index = prompt.visual_index[used : used + media.num_tokens]
+            places = np.arange(media.num_tokens, dtype=np.int64)
+            keys[index] = -1 - ((number.value << 32) + places)
+            used += media.num_tokens
+        return cls.of(keys, tuple(held))
+
+    def first(self, count: int) -> Keys:
+        """Those of the first ``count`` tokens."""
+        if count >= len(self.tokens):
+            return self
+        return Keys(self.tokens[:count].copy(), self.order[: 8 * count], self.numbers)
+
+    def prefixes(self) -> tuple[tuple[int, int], ...]:
+        """(hash, length) of beginnings, each about half as long again as the one before."""
+        found, length = [], MIN_SAVED
+        while length < len(self.tokens):
+            found.append((hash(self.order[: 8 * length]), length))
+            length += max(1, length // 2)
+        found.append((hash(self.order), len(self.tokens)))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens ``start:stop`` of a prompt, which continue segment ``parent`` (−1: none)."""
+    """The tokens ``start:stop`` of a prompt, which continue segment ``parent`` (−1: none).
+
+    ``sequences`` counts the different prompts that run through it.
+    """
 
     prompt: int
     start: int
     stop: int
     parent: int
+    sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,23 +120,6 @@ class Tree:
     last: tuple[int, ...]
 
 
-def content_keys(prompt: Prompt, numbers: dict[bytes, int]) -> NDArray[np.int64]:
-    """A number for each token, ``[T]``, equal for equal tokens only: a pad's tells the picture
-    and the place in it.
-
-    Args:
-        numbers: a number for each picture by its ``digest``; new ones are added.
-    """
-    keys = prompt.ids.astype(np.int64)
-    used = 0
-    for media in prompt.media:
-        number = numbers.setdefault(media.digest, len(numbers))
-        index = prompt.visual_index[used : used + media.num_tokens]
-        keys[index] = -1 - ((number << 32) + np.arange(media.num_tokens, dtype=np.int64))
-        used += media.num_tokens
-    return keys
-
-
 def no_sharing(lengths: Sequence[int]) -> Tree:
     """Each prompt a root of its own."""
     return Tree(
@@ -63,41 +128,49 @@ def no_sharing(lengths: Sequence[int]) -> Tree:
     )
 
 
-def prefix_tree(keys: Sequence[NDArray[np.int64]]) -> Tree:
+def prefix_tree(keys: Sequence[Keys], seen: Sequence[Keys] = ()) -> Tree:
     """The tree of what prompts share.
 
     Args:
-        keys: :func:`content_keys` of each prompt.
+        keys: of each prompt.
+        seen: of prompts of earlier batches. They get no segments, but where a prompt leaves
+            one of them its segment is cut, and they count in ``sequences``.
     """
-    order = sorted(range(len(keys)), key=lambda i: keys[i].astype(">i8").tobytes())
-    common = [0] + [_common(keys[a], keys[b]) for a, b in pairwise(order)]
+    every = [*keys, *seen]
+    order = sorted(range(len(every)), key=lambda i: every[i].order)
+    common = [0] + [_common(every[a].tokens, every[b].tokens) for a, b in pairwise(order)]
+    lengths = [len(every[i].tokens) for i in order]
+    equal = [0] + [common[i] == lengths[i] == lengths[i - 1] for i in range(1, len(order))]
+    own = [place for place, i in enumerate(order) if i < len(keys)]
     segments: list[Segment] = []
     last = [-1] * len(keys)
-
-    def add(prompt: int, start: int, stop: int, parent: int) -> int:
-        segments.append(Segment(prompt, start, stop, parent))
-        return len(segments) - 1
 
     # A group is a range of `order` whose prompts are alike up to `depth`, computed by `parent`.
     groups = [(0, len(order), 0, -1)] if order else []
     while groups:
         first, stop, depth, parent = groups.pop()
-        alike = min(common[first + 1 : stop], default=len(keys[order[first]]))
+        inside = bisect.bisect_left(own, first)
+        if inside == len(own) or own[inside] >= stop:
+            continue  # all from earlier batches
+        alike = min(common[first + 1 : stop], default=lengths[first])
         if alike > depth and (
             stop - first == 1
-            or (alike - depth) * (stop - first - 1) >= _MIN_SAVED
-            or alike == len(keys[order[stop - 1]])  # all equal
+            or (alike - depth) * (stop - first - 1) >= MIN_SAVED
+            or alike == lengths[stop - 1]  # all equal
         ):
-            parent, depth = add(order[first], depth, alike, parent), alike
+            sequences = stop - first - sum(equal[first + 1 : stop])
+            segments.append(Segment(order[own[inside]], depth, alike, parent, sequences))
+            parent, depth = len(segments) - 1, alike
         start = first
         for i in range(first + 1, stop + 1):
             if i < stop and common[i] > alike:
                 continue
-            if len(keys[order[start]]) > depth:
+            if lengths[start] > depth:
                 groups.append((start, i, depth, parent))
             else:
                 for prompt in order[start:i]:
-                    last[prompt] = parent
+                    if prompt < len(keys):
+                        last[prompt] = parent
             start = i
     return Tree(tuple(segments), tuple(last))
 

@@ -21,6 +21,11 @@ def inside_poison(x: torch.Tensor) -> torch.Tensor:
     return view
 
 
+def between_guards(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy of ``x`` within poison, for what kernels want without gaps."""
+    return inside_poison(x.reshape(-1)).view(x.shape)
+
+
 @contextmanager
 def guarded_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """``torch.empty`` gives NaN between two guards; on leaving, the guards must be whole."""

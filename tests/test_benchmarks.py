@@ -30,12 +30,37 @@ def test_demo() -> None:
 
 
 @pytest.mark.slow
+def test_sharing_on_and_off(tmp_path: Path) -> None:
+    out = tmp_path / "scheduler.csv"
+    command = ["benchmarks.scheduler", "--shape", "tiny", "--dtype", "float32", "--seconds", "0.1"]
+    command += ["--side", "128", "--requests", "10", "--out", str(out)]
+    for case in ("rerank", "interactive"):
+        run(*command, "--only", case)
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) == 5
+    for row in rows[:2]:
+        assert int(row["tokens_on"]) < int(row["tokens_off"]) and float(row["ratio"]) > 0
+
+
+@pytest.mark.slow
 def test_whole_calls_against_transformers(tmp_path: Path) -> None:
     out = tmp_path / "cpu.csv"
     command = ["benchmarks.cpu", "--shape", "tiny", "--dtype", "float32", "--rounds", "1"]
+    command += ["--quantization", "none"]
     for case in ("1x32", "picture 512"):
         run(*command, "--only", case, "--out", str(out))
     rows = list(csv.DictReader(out.open()))
     assert [row["case"] for row in rows] == ["text 1x32", "picture 512"]
     assert rows[0]["tokens"] == "32"
     assert all(float(row["distance"]) < 1e-4 for row in rows)
+
+
+@pytest.mark.slow
+def test_kernels_against_torch(tmp_path: Path) -> None:
+    out = tmp_path / "ops.csv"
+    run("benchmarks.cpu_ops", "--quick", "--out", str(out))
+    rows = list(csv.DictReader(out.open()))
+    assert {row["op"] for row in rows} >= {"gemm", "attention", "rms_norm", "norm_rope"}
+    assert {row["format"] for row in rows} == {"bf16", "int8", "int4"}
+    # Two roundings to bfloat16 at most, of attention's weights and of results.
+    assert all(float(row["error"]) < 2.0**-8 for row in rows)

@@ -257,6 +257,7 @@ def test_dropping_it_frees_the_model(tiny_checkpoint: Path) -> None:
         ({"fps": 0}, ValueError, "fps"),
         ({"max_frames": 1}, ValueError, "max_frames"),
         ({"batch_tokens": 0}, ValueError, "must be positive"),
+        ({"queue_tokens": 0}, ValueError, "queue_tokens is 0"),
         ({"allow_media_domains": "example.org"}, ValueError, "use a list of hosts"),
         ({"quantisation": "int8"}, TypeError, "quantisation"),
     ],

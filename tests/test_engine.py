@@ -5,58 +5,33 @@ from __future__ import annotations
 import os
 import threading
 import time
-from types import SimpleNamespace
+from concurrent.futures import CancelledError, Future, wait
+from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from qvlfast.engine import Engine
-from qvlfast.errors import BackendError, InputError
-from qvlfast.pixels import Patches
+from qvlfast.errors import BackendError, DeadlineError, InputError, QueueFull
 from qvlfast.prompt import Prompt
+from qvlfast.request import DEFAULT_TERMS, Answer, Terms
 from qvlfast.scheduler import Budget
-
-CPU = torch.device("cpu")
-
-
-def prompt(*ids: int, patches: int = 0) -> Prompt:
-    media = ()
-    if patches:
-        pixels = np.zeros((patches, 12), dtype=np.uint8)
-        media = (Patches(pixels, (1, 2, patches // 2), patches // 4),)
-    tokens = np.array(ids, dtype=np.int32)
-    positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
-    index = np.arange(patches // 4, dtype=np.int32)
-    return Prompt(tokens, positions, media, index)
-
-
-class StandIn:
-    """Answers each request with its last id; ids from 900 on break the batch they are in."""
-
-    config = SimpleNamespace(vision=SimpleNamespace(spatial_merge_size=2))
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def forward(self, batch):
-        self.gate.wait(10)
-        self.batches.append(len(batch.read))
-        if (batch.ids >= 900).any():
-            raise RuntimeError("bad batch")
-        last = batch.ids[torch.from_numpy(batch.read)].float()
-        last[last == 800] = torch.nan
-        return last[:, None].repeat(1, 3)
+from tests.stand_in import make_engine, prompt, until
 
 
 @pytest.fixture
 def engine():
-    budget = Budget(tokens=40, patches=64)
-    made = Engine(StandIn(), CPU, budget, share_prefixes=False, host_threads=2)
+    made = make_engine()
     yield made
     made.close()
+
+
+def hold(engine: Engine, terms: Terms = DEFAULT_TERMS) -> Future[Answer]:
+    """A batch that stays in the model until the gate opens."""
+    engine.model.gate.clear()
+    begun = len(engine.model.begun)
+    future = engine.submit(lambda: prompt(1), terms)
+    until(lambda: len(engine.model.begun) > begun)
+    return future
 
 
 def test_answers_and_usage(engine: Engine) -> None:
@@ -83,17 +58,34 @@ def test_many_threads(engine: Engine) -> None:
 
 def test_one_bad_request_costs_no_other_its_answer(engine: Engine) -> None:
     engine.model.gate.clear()
-    ids = [1, 2, 900, 4, 5, 800, 7, 901]
+    ids = [1, 2, 900, 4, 5, 800, 7, 901, 902, 903]
     futures = [engine.submit(lambda i=i: prompt(i)) for i in ids]
     engine.model.gate.set()
     for i, future in zip(ids, futures, strict=True):
         error = future.exception(10)
-        if i >= 900:
+        if i == 900:
             assert isinstance(error, RuntimeError)
+        elif i == 901:
+            assert isinstance(error, MemoryError)
         elif i == 800:
             assert isinstance(error, InputError) and error.code == "non_finite"
         else:
             assert error is None and future.result().value[0] == i
+    metrics = engine.metrics()
+    assert metrics.errors == {"RuntimeError": 1, "MemoryError": 1, "non_finite": 1}
+    assert (metrics.answered, metrics.failed) == (7, 3)
+
+
+def test_running_out_of_memory_shrinks_the_budget_and_goes_on(engine: Engine) -> None:
+    assert engine.submit(lambda: prompt(902)).result(10).value[0] == 902
+    assert engine.metrics().memory_faults == 1 and engine.metrics().budget_tokens == 20
+    hold(engine)
+    futures = [engine.submit(lambda: prompt(*range(10))) for _ in range(6)]
+    until(lambda: engine.metrics().waiting == 6)
+    engine.model.gate.set()
+    for future in futures:
+        future.result(10)
+    assert max(map(len, engine.model.batches)) == 2
 
 
 def test_an_error_in_preparation_is_that_requests(engine: Engine) -> None:
@@ -104,21 +96,39 @@ def test_an_error_in_preparation_is_that_requests(engine: Engine) -> None:
     assert good.result(10).value[0] == 6
     with pytest.raises(InputError, match="no picture"):
         bad.result(10)
+    assert engine.metrics().errors == {"unreadable": 1} and engine.metrics().preparing == 0
+
+
+def test_an_idle_engine_waits_for_what_is_being_prepared(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    scheduler = engine._scheduler
+    monkeypatch.setattr(scheduler, "lull", lambda: 10.0 if scheduler.preparing else 0.0)
+    gated = engine.submit(lambda: (gate.wait(10), prompt(1))[1])
+    others = [engine.submit(lambda: prompt(2)) for _ in range(3)]
+    until(lambda: engine.metrics().waiting == 3)
+    assert not engine.model.begun
+    gate.set()
+    for future in (gated, *others):
+        future.result(10)
+    assert list(map(len, engine.model.begun)) == [4]
 
 
 def test_budget_and_per_call_budget(engine: Engine) -> None:
     def run(batch_tokens):
+        hold(engine)
         engine.model.batches.clear()
-        engine.model.gate.clear()
-        futures = [engine.submit(lambda: prompt(*range(10)), batch_tokens) for _ in range(9)]
-        time.sleep(0.2)
+        terms = Terms(batch_tokens=batch_tokens)
+        futures = [engine.submit(lambda: prompt(*range(10)), terms) for _ in range(9)]
+        until(lambda: engine.metrics().waiting == 9)
         engine.model.gate.set()
         for future in futures:
             future.result(10)
-        return engine.model.batches
+        return max(map(len, engine.model.batches))
 
-    assert max(run(None)) == 4
-    assert max(run(20)) == 2
+    assert run(None) == 4
+    assert run(20) == 2
 
 
 def test_a_request_over_the_budget_runs_alone(engine: Engine) -> None:
@@ -126,15 +136,127 @@ def test_a_request_over_the_budget_runs_alone(engine: Engine) -> None:
 
 
 def test_cancelled_work_is_not_run(engine: Engine) -> None:
-    engine.model.gate.clear()
-    first = engine.submit(lambda: prompt(1))
-    time.sleep(0.2)
-    second = engine.submit(lambda: prompt(2))
-    assert second.cancel()
+    first = hold(engine)
+    waiting = engine.submit(lambda: prompt(2))
+    until(lambda: engine.metrics().waiting == 1)
+    assert waiting.cancel() and waiting.cancelled()
+    assert engine.metrics().waiting == 0 and engine.metrics().cancelled == 1
+    assert wait([waiting], 10).done == {waiting}
     engine.model.gate.set()
     assert first.result(10).value[0] == 1
     assert engine.submit(lambda: prompt(3)).result(10).value[0] == 3
-    assert sum(engine.model.batches) == 2
+    assert engine.model.batches == [[1], [3]]
+
+
+def test_a_batch_that_nobody_wants_is_given_up(engine: Engine) -> None:
+    running = hold(engine)
+    assert not running.cancel()  # too late to take it back
+    engine.model.gate.set()
+    with pytest.raises(CancelledError):
+        running.result(10)
+    assert engine.submit(lambda: prompt(3)).result(10).value[0] == 3
+
+
+def test_what_is_not_prepared_yet_can_be_cancelled() -> None:
+    engine = make_engine(host_threads=1)
+    gate = threading.Event()
+
+    def slow() -> Prompt:
+        gate.wait(10)
+        return prompt(1)
+
+    def never() -> Prompt:
+        raise AssertionError("it was prepared")
+
+    first, second = engine.submit(slow), engine.submit(never)
+    assert second.cancel()
+    gate.set()
+    assert first.result(10).value[0] == 1
+    engine.close()
+    metrics = engine.metrics()
+    assert (metrics.preparing, metrics.cancelled, metrics.failed) == (0, 1, 0)
+
+
+def test_a_deadline_that_passes_costs_nothing(engine: Engine) -> None:
+    first = hold(engine)
+    soon = Terms(deadline=time.monotonic() + 0.05)
+    late = engine.submit(lambda: prompt(2), soon)
+    until(lambda: time.monotonic() > soon.deadline)
+    unprepared = engine.submit(lambda: prompt(2), soon)
+    engine.model.gate.set()
+    for future in (late, unprepared):
+        with pytest.raises(DeadlineError, match="timeout"):
+            future.result(10)
+    assert first.result(10).value[0] == 1
+    assert engine.model.batches == [[1]] and engine.metrics().expired == 2
+
+
+def test_the_urgent_pass_a_running_batch(engine: Engine) -> None:
+    bulk = hold(engine, Terms(priority="bulk"))
+    done: list[str] = []
+    usual = engine.submit(lambda: prompt(2))
+    urgent = engine.submit(lambda: prompt(3), Terms(priority="interactive"))
+    later = engine.submit(lambda: prompt(4), Terms(priority="bulk"))
+    for name, future in {"bulk": bulk, "usual": usual, "urgent": urgent, "later": later}.items():
+        future.add_done_callback(lambda _, name=name: done.append(name))
+    until(lambda: engine.metrics().waiting == 3)
+    engine.model.gate.set()
+    for future in (bulk, usual, urgent, later):
+        future.result(10)
+    # One batch between two pieces; `usual` comes before `bulk` goes on only if pieces are left.
+    assert done[0] == "urgent" and done[-1] == "later"
+    assert engine.model.batches[1] == [3]
+
+
+def test_short_requests_pass_a_long_one() -> None:
+    engine = make_engine(Budget(tokens=10_000))
+    engine.model.gate.clear()
+    long = engine.submit(lambda: prompt(*[1] * 5000))
+    until(lambda: bool(engine.model.begun))
+    short = engine.submit(lambda: prompt(5))
+    until(lambda: engine.metrics().waiting == 1)
+    done: list[str] = []
+    for name, future in {"long": long, "short": short}.items():
+        future.add_done_callback(lambda _, name=name: done.append(name))
+    engine.model.gate.set()
+    engine.close()
+    assert done == ["short", "long"]
+
+
+def test_a_full_queue_refuses() -> None:
+    engine = make_engine(queue_work=5)
+    first = hold(engine)
+    waiting = [engine.submit(lambda: prompt(1, 2, 3))]
+    until(lambda: engine.metrics().waiting == 1)
+    waiting.append(engine.submit(lambda: prompt(1, 2, 3)))
+    until(lambda: engine.metrics().waiting == 2)
+    with pytest.raises(QueueFull) as refused:
+        engine.submit(lambda: prompt(4))
+    assert refused.value.retry_after > 0 and engine.metrics().refused == 1
+    engine.model.gate.set()
+    for future in (first, *waiting):
+        future.result(10)
+    assert engine.submit(lambda: prompt(4)).result(10).value[0] == 4
+    engine.close()
+
+
+def test_a_fault_in_the_engines_own_thread_is_survived(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = hold(engine)
+    lost = engine.submit(lambda: prompt(2))
+    until(lambda: engine.metrics().waiting == 1)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(engine._scheduler, "pop", broken)
+    engine.model.gate.set()
+    with pytest.raises(AssertionError, match="a bug"):
+        lost.result(10)
+    assert first.result(10).value[0] == 1
+    assert engine.submit(lambda: prompt(3)).result(10).value[0] == 3
+    assert engine.metrics().waiting == engine.metrics().preparing == 0
 
 
 def test_prepared_pixels_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,20 +266,41 @@ def test_prepared_pixels_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyP
 
     def prepare() -> Prompt:
         prepared.append(1)
-        return prompt(1, patches=64)
+        return prompt(*range(16), patches=64)
 
     futures = [engine.submit(prepare) for _ in range(20)]
-    time.sleep(0.3)
+    until(lambda: len(prepared) >= 3)
+    time.sleep(0.2)
     # One batch in the model, two waiting (128 patches), and what two host threads had begun.
     assert len(prepared) <= 5
+    # Urgent text does not wait for pictures that are not.
+    urgent = engine.submit(lambda: prompt(7), Terms(priority="interactive"))
     engine.model.gate.set()
+    assert urgent.result(10).value[0] == 7
     for future in futures:
         future.result(10)
     assert len(prepared) == 20
 
 
+def test_cancelled_pictures_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvlfast.engine._MAX_WAITING_PATCHES", 100)
+    engine = make_engine()
+    first = hold(engine)
+    waiting = [engine.submit(lambda: prompt(*range(16), patches=64)) for _ in range(2)]
+    until(lambda: engine.metrics().waiting == 2)
+    prepared = threading.Event()
+    engine.submit(lambda: (prepared.set(), prompt(2))[1])
+    assert not prepared.wait(0.1)
+    for future in waiting:
+        assert future.cancel()
+    assert prepared.wait(10)
+    engine.model.gate.set()
+    engine.close()
+    assert first.result(0).value[0] == 1
+
+
 def test_close_answers_what_was_accepted() -> None:
-    engine = Engine(StandIn(), CPU, Budget(), host_threads=1)
+    engine = make_engine(Budget(), host_threads=1)
     futures = [engine.submit(lambda i=i: prompt(i)) for i in range(30)]
     engine.close()
     engine.close()
@@ -166,9 +309,24 @@ def test_close_answers_what_was_accepted() -> None:
         engine.submit(lambda: prompt(1))
 
 
+def test_abandon_leaves_no_future_hanging() -> None:
+    engine = make_engine(host_threads=1)
+    gate = threading.Event()
+    futures = [hold(engine)]
+    futures += [engine.submit(lambda: prompt(2))]
+    until(lambda: engine.metrics().waiting == 1)
+    futures += [engine.submit(lambda: gate.wait(10) and prompt(3)) for _ in range(3)]
+    threading.Timer(0.1, lambda: (gate.set(), engine.model.gate.set())).start()
+    engine.abandon()
+    for future in futures:
+        with pytest.raises(BackendError, match="closed before"):
+            future.result(0)
+    assert threading.active_count() <= 2  # the timer, perhaps
+
+
 def test_threads_start_at_the_first_request_only() -> None:
     before = threading.active_count()
-    engine = Engine(StandIn(), CPU, Budget())
+    engine = make_engine()
     assert threading.active_count() == before
     engine.close()
 
@@ -181,3 +339,15 @@ def test_works_in_a_forked_child(engine: Engine) -> None:
         ok = engine.submit(lambda: prompt(7)).result(10).value[0] == 7
         os._exit(0 if ok else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"priority": "high"}, "priority is 'high': use one of interactive, normal, bulk"),
+        ({"batch_tokens": 0}, "batch_tokens is 0"),
+    ],
+)
+def test_bad_terms(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Terms(**wrong)

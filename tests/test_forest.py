@@ -13,7 +13,7 @@ import torch
 
 from qvlfast import Embedder
 from qvlfast.batch import Batch, pack
-from qvlfast.model import Model
+from qvlfast.model import Model, drain
 from qvlfast.model.text import text_forward
 from qvlfast.model.vision import vision_forward
 from qvlfast.ops import Forest
@@ -103,9 +103,10 @@ def test_resident_beginnings(embedder: Embedder) -> None:
     middle = segments(prompts[0], [start // 2, start])[1]
     ends = [segments(p, [start])[1] for p in prompts]
     with torch.inference_mode():
-        old = text_forward(
-            model.ops, weights, config, join([beginning], [-1], [0]), keep_keys_values=True
-        ).keys_values
+        first = join([beginning], [-1], [0])
+        old = drain(
+            text_forward(model.ops, weights, config, first, keep=[slice(0, len(beginning[0]))])
+        ).kept
         lengths = [len(beginning[0]), len(middle[0]), *(len(ids) for ids, _ in ends)]
         forest = Forest(
             cu_q=np.cumsum([0, 0, *lengths[1:]]).astype(np.int32),
@@ -114,7 +115,7 @@ def test_resident_beginnings(embedder: Embedder) -> None:
         )
         read = np.cumsum(lengths[1:])[1:] - 1
         batch = replace(join([middle, *ends], [-1, -1, -1], read.tolist()), forest=forest)
-        out = text_forward(model.ops, weights, config, batch, resident=old).hidden
+        out = drain(text_forward(model.ops, weights, config, batch, resident=old)).hidden
         pooled = model.ops.pool(out, weights.norm, config.norm_eps)
     torch.testing.assert_close(pooled, plain, atol=TOLERANCE, rtol=TOLERANCE)
 
@@ -134,9 +135,11 @@ def test_reading_tokens_anywhere(fixture: str, request: pytest.FixtureRequest) -
     )
     layers = replace(model.weights.text, layers=model.weights.text.layers[:2])
     with torch.inference_mode():
-        vision = vision_forward(model.ops, model.weights.vision, model.config.vision, batch.vision)
+        visual, *deepstack = drain(
+            vision_forward(model.ops, model.weights.vision, model.config.vision, batch.vision)
+        )
         args = (model.ops, layers, model.config.text)
-        few = text_forward(*args, replace(batch, read=some), *vision)
-        many = text_forward(*args, everything, *vision)
+        few = drain(text_forward(*args, replace(batch, read=some), visual, deepstack))
+        many = drain(text_forward(*args, everything, visual, deepstack))
     assert few.read is not None and few.read.tolist() == some.tolist()
     torch.testing.assert_close(few.hidden, many.hidden, atol=TOLERANCE, rtol=TOLERANCE)

@@ -177,7 +177,7 @@ def test_refusals_name_operand_and_reason() -> None:
 
 # Shared memory of one block, from the CUDA programming guide.
 SHARED_KB = {"sm_80": 163, "sm_87": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
-BYTES = {"float32": 4, "float16": 2, "int8": 1, "fp8": 1, "int4": 1}
+BYTES = {"float32": 4, "float16": 2, "int8": 1, "fp8": 1, "fp8_blocks": 1, "int4": 1}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,5 +213,5 @@ def test_blocks_fit_every_target(target, kind) -> None:
 def test_the_table_can_be_printed(capsys) -> None:
     main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(TARGETS) * 7 * (4 * 3 + 2)
+    assert len(lines) == 1 + len(TARGETS) * 7 * (5 * 3 + 2)
     assert any("sm_90" in line and "128 × 256 × 64" in line for line in lines)

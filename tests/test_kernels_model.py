@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from qvlfast.errors import BackendError
 from qvlfast.ops import Linear, Ops, QuantisedRows
 from qvlfast.ops.rows import quantise_rows
 from qvlfast.quant import Fp8BlockWeight
+from qvlfast.quant.stored import QuantizationWarning
 from tests.samples import frames, picture
+from tests.test_quant_files import write
 
 CPU = torch.device("cpu")
 # Two float32 implementations that add in different orders.
@@ -87,7 +90,7 @@ def test_quantised_embedder(odd_checkpoint: Path, form: str) -> None:
     assert LAUNCHES[f"gated_linear_{form}"] == layers
     # Norms quantise in their own pass; what goes into o_proj, down_proj, proj and fc2 does not.
     assert LAUNCHES["quantise_rows"] == 2 * layers + 2 * blocks
-    assert LAUNCHES["rms_norm"] == 2 * layers
+    assert LAUNCHES["rms_norm"] == 3 * layers
     truth = vectors(odd_checkpoint, "reference", ITEMS[1:2])
     allowed = vectors(odd_checkpoint, "reference", ITEMS[1:2], quantization=plan) - truth
     assert 0 < np.linalg.norm(got - truth) <= 1.5 * np.linalg.norm(allowed)
@@ -141,6 +144,16 @@ def compare(name: str, got: Any, expected: Any, exact: bool) -> None:
     else:
         most = float(expected.abs().max())
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * max(most, 1e-3))
+
+
+def test_quantised_reranker_equals_the_reference_in_lockstep(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = Lockstep()
+    monkeypatch.setattr("qvlfast.runtime.choose_ops", lambda *args: ops)
+    with Reranker.from_pretrained(tiny_checkpoint, quantization="int8") as reranker:
+        reranker.rank("the query", ["a text", "another"])
+    assert ops.calls["score"] and ops.calls["gated_linear"]
 
 
 @pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
@@ -218,6 +231,21 @@ def test_fp8_blocks_are_multiplied_as_they_are() -> None:
     # Products are exact in float32, sums of 200 of them are not.
     bound = 1e-5 * float(expected.abs().max())
     np.testing.assert_allclose(got.numpy(), expected.numpy(), atol=bound)
+
+
+def test_a_file_of_fp8_blocks_is_computed_with_as_it_is(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    quantised, plain = write(tiny_checkpoint, tmp_path, "fp8")
+    LAUNCHES.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QuantizationWarning)
+        got = vectors(quantised, "triton", ["a text"])
+    assert LAUNCHES["linear_fp8"] and LAUNCHES["gated_linear_fp8"] and not LAUNCHES["linear"]
+    # The same weights; activations are rounded besides, as with FP8 by channels.
+    truth = vectors(plain, "reference", ["a text"])
+    allowed = vectors(plain, "reference", ["a text"], quantization="fp8") - truth
+    assert 0 < np.linalg.norm(got - truth) <= 1.5 * np.linalg.norm(allowed)
 
 
 def test_e4m3_is_refused_before_sm_89(monkeypatch: pytest.MonkeyPatch) -> None:

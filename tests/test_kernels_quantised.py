@@ -10,12 +10,12 @@ import torch
 from qvlfast.kernels.common import LAUNCHES, RefusalError, RowConfig
 from qvlfast.kernels.configs import GemmConfig
 from qvlfast.kernels.gemm import linear_quantised
-from qvlfast.kernels.gemm_int4 import linear_int4, pack_int4, widen_int4
+from qvlfast.kernels.gemm_int4 import Int4Packed, linear_int4, pack_int4, widen_int4
 from qvlfast.kernels.quantise import quantise_rows
 
 from qvlfast.kernels import quantise as quantise_module
 from qvlfast.ops import rows as reference
-from tests.guards import inside_poison
+from tests.guards import between_guards, inside_poison
 from tests.test_kernels_gemm import activated, aligned
 
 pytestmark = pytest.mark.usefixtures("guarded_outputs")
@@ -68,6 +68,7 @@ def poisoned(x):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8_is_exact(shape, dtype, family) -> None:
     (x, x_scale, weight, w_scale, bias), product = operands("int8", *shape)
+    x_scale, w_scale, bias = map(inside_poison, (x_scale, w_scale, bias))
     expected = product.astype(np.float32) * x_scale.numpy()[:, None] * w_scale.numpy()
     x, weight = aligned(x, weight) if family == "descriptors" else (poisoned(x), poisoned(weight))
     for offset, wide in ((None, expected), (bias, expected + bias.numpy())):
@@ -113,7 +114,7 @@ def test_fp8_with_a_scale_for_each_group_of_inputs(shape, gated) -> None:
             poisoned(x),
             x_scale,
             poisoned(weight),
-            groups,
+            between_guards(groups),
             dtype=torch.float32,
             gated=gated,
             config=config,
@@ -276,6 +277,9 @@ def test_int4_is_exact(shape, split, group) -> None:
     cut = shape[2] // 2
     halves = [[t[:cut], t[cut:]] for t in (values, multiplier, w_scale)]
     weight = pack_int4(list(zip(*halves, strict=True)), group)
+    parts = (weight.packed, weight.multiplier, weight.scale)
+    weight = Int4Packed(*map(between_guards, parts), weight.inputs, weight.group)
+    x_scale = inside_poison(x_scale)
     assert weight.shape == (shape[2], shape[1])
     assert torch.equal(widen_int4(weight), wide)
     expected = product.astype(np.float32) * x_scale.numpy()[:, None] * w_scale.numpy()

@@ -77,10 +77,20 @@ def gemm(
     return out
 
 
-def close(y: Tensor, exact: Tensor, size: Tensor | float, dtype: torch.dtype) -> None:
-    """Within the rounding of the result, and of float32 sums of terms that add up to ``size``."""
+def close(
+    y: Tensor,
+    exact: Tensor,
+    size: Tensor | float,
+    dtype: torch.dtype,
+    rounded: Tensor | float = 0.0,
+) -> None:
+    """Within the rounding of the result, and of float32 sums of terms that add up to ``size``.
+
+    Args:
+        rounded: what terms that are rounded to ``dtype`` themselves add up to.
+    """
     error = (y.double() - exact).abs()
-    bound = ROUNDING[dtype] * exact.abs() + 4e-6 * size + 1e-37
+    bound = ROUNDING[dtype] * (exact.abs() + rounded) + 4e-6 * size + 1e-37
     assert bool((error <= bound).all()), float((error - bound).max())
 
 
@@ -139,6 +149,16 @@ def int4_weight(
     return values, factors, draw(rng, n).abs() + 0.1
 
 
+def pairs_of(values: Tensor) -> Tensor:
+    """Two values of 4 bits a byte, the first in the low half."""
+    halves = (values + 8).to(torch.uint8)
+    return halves[:, 0::2] | (halves[:, 1::2] << 4)
+
+
+def pack_int4(parts: Sequence[tuple[Tensor, ...]], group: int, gated: bool = False) -> Any:
+    return _C.pack_int4([(pairs_of(v), *rest) for v, *rest in parts], group, gated)
+
+
 def widened(values: Tensor, factors: Tensor, group: int) -> Tensor:
     spread = factors.long().repeat_interleave(group, dim=1)[:, : values.shape[1]]
     return values.long() * spread
@@ -173,7 +193,7 @@ def test_int4_sums_are_exact(
     values, factors, _ = int4_weight(rng, n, k, group)
     x = torch.from_numpy(rng.integers(-127, 128, (m, k)).astype(np.int8))
     x[0], values[0], factors[0] = 127, -8, 15
-    packed = _C.pack_int4([(values, factors, torch.ones(n))], group)
+    packed = pack_int4([(values, factors, torch.ones(n))], group)
     y = gemm(x, torch.ones(m), packed, isa=isa)
     assert torch.equal(y, (x.long() @ widened(values, factors, group).T).float())
 
@@ -194,7 +214,7 @@ def test_quantised_products_with_everything(
     else:
         fours = [int4_weight(rng, n // 2, k, 64) for _ in range(2)]
         wide = torch.cat([widened(v, f, 64).double() * s.double()[:, None] for v, f, s in fours])
-        packed = _C.pack_int4(fours, 64, True)
+        packed = pack_int4(fours, 64, True)
     bias, residual = draw(rng, n), draw(rng, m, n // 2, dtype=dtype)
     y = gemm(
         x, None, packed, bias=bias, activation="swiglu", residual=residual, dtype=dtype, isa=isa
@@ -220,7 +240,7 @@ def test_rows_do_not_depend_on_each_other(isa: str, form: str, rng: np.random.Ge
     elif form == "int8":
         packed = _C.pack_int8([int8_weight(rng, n, k)])
     else:
-        packed = _C.pack_int4([int4_weight(rng, n, k, 64)], 64)
+        packed = pack_int4([int4_weight(rng, n, k, 64)], 64)
     together = gemm(x, None, packed, isa=isa)
     threads = _C.num_threads()
     try:
@@ -245,7 +265,7 @@ def test_a_weight_comes_back(isa: str, form: str, rng: np.random.Generator) -> N
         packed, exact = _C.pack_int8([(values, scale)]), values.float() * scale[:, None]
     else:
         values, factors, scale = int4_weight(rng, n, k, 32)
-        packed = _C.pack_int4([(values, factors, scale)], 32)
+        packed = pack_int4([(values, factors, scale)], 32)
         exact = widened(values, factors, 32).float() * scale[:, None]
     _C.unpack(packed, out)
     assert torch.equal(out, exact)
@@ -280,6 +300,86 @@ def test_rows_are_rounded_to_int8(
     assert torch.equal(values[good], exact[good].to(torch.int8))
     assert torch.equal(scales[good], (most / 127)[good])
     assert scales[[5, 6, 7]].isnan().all() and not values[[3, 5, 6, 7]].any()
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize(("group", "k"), [(32, 32), (64, 100), (128, 1000), (64, 2)])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_weights_are_rounded_to_two_levels(
+    isa: str, dtype: torch.dtype, group: int, k: int, size: float, rng: np.random.Generator
+) -> None:
+    x = strided((draw(rng, 9, k) * size).to(dtype), 4)
+    x[2], x[4] = 0, x[4] * torch.linspace(0.01, 1, k)
+    x[7, k - 1] = torch.nan
+    groups = -(-k // group)
+    pairs = torch.full((9, k // 2), 0xEE, dtype=torch.uint8)
+    factors, scale = torch.full((9, groups), 99, dtype=torch.uint8), poisoned(9)
+    _C.quantise_int4(x, group, pairs, factors, scale, isa)
+    assert scale.isnan().tolist() == [i == 7 for i in range(9)]
+    good = [0, 1, 2, 3, 4, 5, 6, 8]
+    x, pairs, factors, scale = x[good].float(), pairs[good], factors[good], scale[good]
+    unit = x.abs().amax(1).clamp(min=1e-30) / 126
+    assert bool(((scale >= unit) & (scale <= unit * (1 + 2.0**-15))).all())
+    assert not (scale.view(torch.int32) & 255).any()
+    values = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1).to(torch.int8) - 8
+    assert int(values.min()) >= -7 and int(factors.min()) >= 1 and int(factors.max()) <= 18
+
+    def error(factor: Tensor, rounded: Tensor) -> Tensor:
+        return (rounded * factor[:, :, None] - scaled).square().sum(2)
+
+    padding = (0, groups * group - k)
+    scaled = torch.nn.functional.pad((x / scale[:, None]).double(), padding)
+    scaled = scaled.view(len(x), groups, group)
+    most = (scaled.abs().amax(2) / 7).ceil().clamp(1, 18)
+    best = torch.full_like(most, torch.inf)
+    for below in range(4):
+        factor = (most - below).clamp(min=1)
+        best = best.minimum(error(factor, (scaled / factor[:, :, None]).round().clamp(-7, 7)))
+    got = torch.nn.functional.pad(values, padding).view(len(x), groups, group)
+    # Errors are summed in float32 there, so that the second best of two alike may be taken.
+    assert bool((error(factors.double(), got.double()) <= best * 1.0001 + 1e-9).all())
+
+
+@each_isa
+@each_dtype
+def test_pixels_are_multiplied_as_they_are(
+    isa: str, dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    pixels = torch.from_numpy(rng.integers(0, 256, (13, 96)).astype(np.uint8))
+    w, positions = draw(rng, 40, 96, dtype=dtype), draw(rng, 13, 40)
+    packed = _C.pack_floats([w], FORMATS[dtype])
+    y = gemm(pixels, None, packed, residual=positions, dtype=dtype, isa=isa)
+    wide = pixels.double()
+    size = wide @ w.double().abs().T + positions.abs()
+    close(y, wide @ w.double().T + positions, size, dtype)
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("columns", [7, 64, 200])
+def test_pooling_and_scores(
+    isa: str, dtype: torch.dtype, columns: int, rng: np.random.Generator
+) -> None:
+    x, weight = strided(draw(rng, 40, columns, dtype=dtype)), draw(rng, columns, dtype=dtype)
+    read = torch.tensor([3, 3, 39, 0])
+    wide = x.double()
+    normed = wide / (wide.square().mean(1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    for rows in (None, read):
+        exact = normed if rows is None else normed[rows]
+        out = poisoned(len(exact), columns)
+        _C.pool(x, rows, weight, 1e-6, False, out, isa)
+        close(out, exact, exact.abs(), torch.float32)
+        cut = poisoned(len(exact), 5)
+        _C.pool(x, rows, weight, 1e-6, True, cut, isa)
+        unit = torch.nn.functional.normalize(exact[:, :5], dim=1)
+        close(cut, unit, 1.0, torch.float32)
+        answers, scores = draw(rng, 2, columns), poisoned(len(exact))
+        _C.score(x, rows, weight, 1e-6, answers, scores, isa)
+        margin = exact @ (answers[0] - answers[1]).double()
+        close(scores, torch.sigmoid(margin), columns**0.5, torch.float32)
+    with pytest.raises(ValueError, match="read has row 40, x has 40"):
+        _C.pool(x, torch.tensor([40]), weight, 1e-6, False, poisoned(1, columns), isa)
 
 
 @each_isa
@@ -355,16 +455,17 @@ def exact_attention(
         before = chains[parent] if parent >= 0 else []
         chains.append([*before, *range(starts[segment], starts[segment] + keys)])
         chain = chains[-1]
-        for i in range(queries):
-            seen = chain[: len(chain) - queries + i + 1] if causal else chain
-            for_head = [
-                torch.softmax(scale * k[seen, h // shared].double() @ q[row, h].double(), 0)
-                @ v[seen, h // shared].double()
-                for h in range(q.shape[1])
-            ]
-            out.append(torch.stack(for_head))
-            row += 1
-    return torch.stack(out)
+        own = q[row : row + queries].double().transpose(0, 1)  # [H, queries, D]
+        seen_k, seen_v = (
+            x[chain].double().transpose(0, 1).repeat_interleave(shared, 0) for x in (k, v)
+        )
+        scores = scale * own @ seen_k.transpose(1, 2)
+        if causal:
+            last = torch.arange(len(chain) - queries, len(chain))
+            scores[:, torch.arange(len(chain)) > last[:, None]] = -torch.inf
+        out.append((torch.softmax(scores, -1) @ seen_v).transpose(0, 1))
+        row += queries
+    return torch.cat(out)
 
 
 def edges(lengths: Sequence[tuple[int, int, int]]) -> tuple[Any, Any, Any]:
@@ -410,8 +511,10 @@ def test_attention(
     out = poisoned(queries, heads, dim, dtype=dtype)
     _C.attention(q, k, v, cu_q, cu_k, parent, causal, scale, None, out, isa)
     exact = exact_attention(q, k, v, lengths, causal, scale)
-    # A weight errs by 2⁻²² of itself, and a score of 3 by as much again.
-    close(out, exact, v.double().abs().max(), dtype)
+    # A weight errs by 2⁻²² of itself, and a score of 3 by as much again; products of bfloat16 take
+    # it rounded to bfloat16.
+    weighed = exact_attention(q, k, v.abs(), lengths, causal, scale)
+    close(out, exact, v.double().abs().max(), dtype, rounded=weighed)
 
     read = np.sort(rng.choice(queries, max(1, queries // 3), replace=False)).astype(np.int64)
     some = poisoned(len(read), heads, dim, dtype=dtype)
@@ -420,20 +523,22 @@ def test_attention(
 
 
 @each_isa
+@each_dtype
 def test_attention_does_not_depend_on_how_a_sequence_is_cut(
-    isa: str, rng: np.random.Generator
+    isa: str, dtype: torch.dtype, rng: np.random.Generator
 ) -> None:
-    """Whole, in three segments, and beside others: the same bits."""
-    length, heads, dim = 300, 2, 64
-    q, k, v = (draw(rng, length, heads, dim) for _ in range(3))
-    whole = poisoned(length, heads, dim)
+    """Whole, in pieces, and beside others: the same bits."""
+    length, heads, dim = 600, 2, 64
+    q, k, v = (draw(rng, length, heads, dim, dtype=dtype) for _ in range(3))
+    whole = poisoned(length, heads, dim, dtype=dtype)
     _C.attention(q, k, v, *edges([(length, length, -1)]), True, 0.125, None, whole, isa)
-    cut = poisoned(length, heads, dim)
-    parts = [(37, 37, -1), (200, 200, 0), (63, 63, 1)]
-    _C.attention(q, k, v, *edges(parts), True, 0.125, None, cut, isa)
-    assert torch.equal(cut, whole)
-    more = [torch.cat((draw(rng, 11, heads, dim), x)) for x in (q, k, v)]
-    beside = poisoned(length + 11, heads, dim)
+    cut = poisoned(length, heads, dim, dtype=dtype)
+    for lengths in ((37, 200, 363), (256, 1, 343), (255, 258, 87), (511, 89), (1, 600 - 1)):
+        parts = [(n, n, i - 1) for i, n in enumerate(lengths)]
+        _C.attention(q, k, v, *edges(parts), True, 0.125, None, cut, isa)
+        assert torch.equal(cut, whole), lengths
+    more = [torch.cat((draw(rng, 11, heads, dim, dtype=dtype), x)) for x in (q, k, v)]
+    beside = poisoned(length + 11, heads, dim, dtype=dtype)
     _C.attention(
         *more, *edges([(11, 11, -1), (length, length, -1)]), True, 0.125, None, beside, isa
     )
@@ -454,10 +559,11 @@ def test_attention_at_extreme_scores(isa: str, size: float, rng: np.random.Gener
 
 
 @each_isa
-def test_nan_stays_with_its_own(isa: str, rng: np.random.Generator) -> None:
-    q, k, v = (draw(rng, 30, 2, 64) for _ in range(3))
+@each_dtype
+def test_nan_stays_with_its_own(isa: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    q, k, v = (draw(rng, 30, 2, 64, dtype=dtype) for _ in range(3))
     k[4], v[5] = torch.nan, torch.inf
-    out = poisoned(30, 2, 64)
+    out = poisoned(30, 2, 64, dtype=dtype)
     _C.attention(q, k, v, *edges([(10, 10, -1), (20, 20, -1)]), True, 0.125, None, out, isa)
     assert out[5:10].isnan().any() and out[10:].isfinite().all()
     x = draw(rng, 9, 64)
@@ -488,7 +594,7 @@ def test_operands_that_do_not_fit_are_named(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="two parts of equal shape"):
         _C.pack_floats([draw(rng, 16, 32)], "f32", True)
     with pytest.raises(ValueError, match="group is 48"):
-        _C.pack_int4([int4_weight(rng, 16, 96, 32)], 48)
+        pack_int4([int4_weight(rng, 16, 96, 32)], 48)
     with pytest.raises(ValueError, match="expected int8"):
         _C.pack_int8([(draw(rng, 16, 32), torch.ones(16))])
     with pytest.raises(TypeError, match="dtype that no kernel takes"):

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks import emoji_data, quality
 from benchmarks.emoji_data import Wording, read_evaluation, split_wordings
-from qvlfast import Embedder
-from qvlfast.gallery import EMBEDDER, SPRITE_SIZE, Emoji, featured, load_gallery
-from tests.reference import load_reference, reference_vectors
+from qvlfast import Embedder, Reranker
+from qvlfast.gallery import EMBEDDER, RERANKER, SPRITE_SIZE, Emoji, featured, load_gallery
+from tests.reference import load_reference, reference_scores, reference_vectors
 
 # Words that name one thing only, in languages of different scripts.
 EASY = {
@@ -25,7 +25,7 @@ EASY = {
     "غيتار": "🎸",
     "snowman": "⛄",
 }
-MODELS = [EMBEDDER]
+MODELS = [EMBEDDER, RERANKER]
 MOST_PARAMETERS = 4_000_000
 MOST_BYTES = 15_000_000
 
@@ -33,6 +33,12 @@ MOST_BYTES = 15_000_000
 @pytest.fixture(scope="module")
 def embedder() -> Iterator[Embedder]:
     with Embedder.from_pretrained(EMBEDDER, dtype="float32") as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def reranker() -> Iterator[Reranker]:
+    with Reranker.from_pretrained(RERANKER, dtype="float32") as model:
         yield model
 
 
@@ -158,6 +164,16 @@ def test_the_embedder_agrees_with_transformers(embedder: Embedder) -> None:
     prompts = [embedder._prepare(item, None) for item in items]
     expected = reference_vectors(load_reference(EMBEDDER, torch.float32), prompts)
     assert (got * expected).sum(axis=1).min() > 0.999
+
+
+def test_the_reranker_agrees_with_transformers(reranker: Reranker) -> None:
+    pictures = [{"image": shown(character).picture()} for character in "🍕🐙🚀"]
+    pairs = [(words, picture) for words in ("pizza", "Rakete", "タコ") for picture in pictures]
+    prompts = [reranker._prepare_pair(pair, None) for pair in pairs]
+    yes, no = (reranker._runtime.prompter.token_id(answer) for answer in ("yes", "no"))
+    expected = reference_scores(load_reference(RERANKER, torch.float32), prompts, (yes, no))
+    # Sums in another order: 1e-6 as a rule.
+    assert np.abs(reranker.predict(pairs) - expected).max() < 1e-4
 
 
 def test_easy_words_find_their_emoji(embedder: Embedder) -> None:

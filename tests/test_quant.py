@@ -81,7 +81,7 @@ def test_unknown_formats_and_odd_groups_are_named() -> None:
         Quantization("int3")
     with pytest.raises(ValueError, match="group is 48: use 32, 64 or 128"):
         Quantization("int4", group=48)
-    with pytest.raises(ValueError, match="95 inputs cannot be packed"):
+    with pytest.raises(ValueError, match="expected an even number of inputs"):
         quantise(torch.zeros(2, 95), "int4")
 
 
@@ -179,8 +179,8 @@ def test_a_written_checkpoint_is_the_one_quantised_at_load(
         expected = at_load.encode(items)
     with Embedder.from_pretrained(target, device="cpu", backend="reference") as stored:
         got = stored.encode(items)
-    # Batches form by timing, and torch's sums depend on what is computed beside them. A file of int4
-    # besides holds the products of both levels of scales: reading splits them anew.
+    # Batches form by timing, and torch's sums depend on what is computed beside them. A file of
+    # int4 besides holds the products of both levels of scales: reading splits them anew.
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
     described = json.loads((target / "config.json").read_text())["quantization_config"]
     assert described["quant_method"] == "compressed-tensors"
@@ -208,7 +208,8 @@ def test_quantised_vectors_are_near_those_of_the_full_model(
     if form == "int8":
         all_of_it = vectors(Quantization("int8", vision=True))
         assert np.abs(all_of_it[1] - vectors("int8")[1]).max() > 0
-        np.testing.assert_array_equal(all_of_it[0], vectors("int8")[0])
+        # torch's sums depend on what is computed beside them, in the last bits.
+        np.testing.assert_allclose(all_of_it[0], vectors("int8")[0], rtol=0, atol=1e-6)
 
 
 def test_a_reranker_can_be_quantised(odd_checkpoint: Path) -> None:

@@ -1,48 +1,311 @@
-"""The queue: first in, first out, never over budget unless a job alone is."""
+"""The queue over random traces with a virtual clock: nothing lost, nobody starved, in budget."""
 
 from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvlfast.scheduler import Budget, Scheduler
+from qvlfast.errors import QueueFull
+from qvlfast.scheduler import LEVELS, Budget, Cost, Media, Planned, Rates, Scheduler, Ticket
 
-costs = st.lists(
-    st.tuples(st.integers(1, 60), st.integers(0, 60), st.one_of(st.none(), st.integers(1, 60))),
-    max_size=40,
+AGEING = 5.0
+RATES = Rates(pair=0.01, patch=0.2, patch_pair=0.001)
+
+
+@dataclass
+class Request:
+    """One request of a trace."""
+
+    arrival: float
+    tokens: int
+    patches: int
+    level: int
+    client: int
+    patience: float
+    cancelled_after: float
+    batch_tokens: int | None
+
+
+requests = st.builds(
+    Request,
+    arrival=st.floats(0, 60),
+    tokens=st.integers(1, 80),
+    patches=st.sampled_from([0, 0, 8, 40]),
+    level=st.integers(0, 2),
+    client=st.integers(0, 3),
+    patience=st.sampled_from([math.inf, math.inf, 3.0, 0.0]),
+    cancelled_after=st.sampled_from([math.inf, math.inf, 2.0]),
+    batch_tokens=st.sampled_from([None, None, 30]),
 )
+traces = st.lists(requests, max_size=60)
 
 
-@given(costs, st.integers(1, 50), st.integers(1, 50))
-def test_every_job_once_in_order_within_budget(jobs, tokens, patches) -> None:
-    scheduler: Scheduler[int] = Scheduler(Budget(tokens, patches))
-    for i, (t, p, limit) in enumerate(jobs):
-        scheduler.push(i, tokens=t, patches=p, batch_tokens=limit)
-    assert len(scheduler) == len(jobs)
-    assert scheduler.waiting_patches == sum(p for _, p, _ in jobs)
-    seen = []
-    while len(scheduler):
-        batch = scheduler.pop_batch()
-        assert batch
-        if len(batch) > 1:
-            limits = [limit for i in batch if (limit := jobs[i][2])]
-            assert sum(jobs[i][0] for i in batch) <= min([tokens, *limits])
-            assert sum(jobs[i][1] for i in batch) <= patches
-        seen += batch
-    assert seen == list(range(len(jobs)))
-    assert scheduler.waiting_patches == 0
-    assert scheduler.pop_batch() == []
+@dataclass
+class Outcome:
+    """What became of a trace, by number of the request."""
+
+    batches: list[tuple[float, Planned[int]]] = field(default_factory=list)
+    expired: list[tuple[float, int]] = field(default_factory=list)
+    cancelled: set[int] = field(default_factory=set)
+    waiting: list[dict[int, float]] = field(default_factory=list)  # before each batch
 
 
-def test_batches_are_filled() -> None:
-    scheduler: Scheduler[int] = Scheduler(Budget(tokens=10, patches=100))
+def replay(trace: list[Request], scheduler: Scheduler[int], seconds: float) -> Outcome:
+    """Run a trace; a batch takes ``seconds`` for each hundred units of work."""
+    outcome = Outcome()
+    pending = sorted(range(len(trace)), key=lambda i: trace[i].arrival)
+    tickets: dict[int, Ticket[int]] = {}
+    now = 0.0
+    while pending or len(scheduler):
+        if not len(scheduler):
+            now = max(now, trace[pending[0]].arrival)
+        while pending and trace[pending[0]].arrival <= now:
+            i = pending.pop(0)
+            r = trace[i]
+            scheduler.admit()
+            media = (Media(("one", i), r.patches, r.patches),) if r.patches else ()
+            tickets[i] = scheduler.push(
+                i,
+                Cost(r.tokens, media),
+                r.arrival,
+                level=r.level,
+                client=r.client,
+                deadline=r.arrival + r.patience,
+                batch_tokens=r.batch_tokens,
+            )
+        for i, ticket in tickets.items():
+            if now >= trace[i].arrival + trace[i].cancelled_after and not ticket.gone:
+                scheduler.cancel(ticket)
+                outcome.cancelled.add(i)
+        late = scheduler.expired(now)
+        outcome.expired += [(now, i) for i in late]
+        waiting = {i: trace[i].arrival for i, ticket in tickets.items() if not ticket.gone}
+        batch = scheduler.pop(now)
+        assert (batch is None) == (not waiting)
+        if batch is None:
+            continue
+        outcome.waiting.append(waiting)
+        outcome.batches.append((now, batch))
+        taken = seconds * batch.work / 100
+        now += taken
+        scheduler.finished(batch, now, taken)
+    return outcome
+
+
+def work(request: Request) -> float:
+    tower = request.patches * (RATES.patch + RATES.patch_pair * request.patches)
+    return request.tokens + RATES.pair * request.tokens**2 / 2 + tower
+
+
+@given(traces, st.sampled_from([0.0, 0.3, 4.0]))
+def test_every_request_once_in_budget_and_in_order(trace: list[Request], seconds: float) -> None:
+    budget = Budget(tokens=50, patches=60, work=120)
+    scheduler: Scheduler[int] = Scheduler(budget, RATES, ageing=AGEING)
+    outcome = replay(trace, scheduler, seconds)
+    ran = [i for _, batch in outcome.batches for i in batch.jobs]
+    expired = [i for _, i in outcome.expired]
+    assert Counter(ran + expired + list(outcome.cancelled)) == Counter(range(len(trace)))
+    for now, batch in outcome.batches:
+        of = [trace[i] for i in batch.jobs]
+        assert batch.tokens == sum(r.tokens for r in of)
+        assert batch.patches == sum(r.patches for r in of)
+        assert batch.work == pytest.approx(sum(map(work, of)))
+        assert {r.level for r in of} == {batch.level}
+        assert all(now < r.arrival + r.patience for r in of)  # nothing that is too late
+        if len(of) > 1:
+            limits = [r.batch_tokens for r in of if r.batch_tokens]
+            assert batch.tokens <= min([budget.tokens, *limits])
+            assert batch.patches <= budget.patches and batch.work <= budget.work + 1e-9
+    assert all(now >= trace[i].arrival + trace[i].patience for now, i in outcome.expired)
+    for level in range(3):
+        for client in range(4):
+            line = [i for i in ran if (trace[i].level, trace[i].client) == (level, client)]
+            assert line == sorted(line, key=lambda i: (trace[i].arrival, i))
+    assert (len(scheduler), scheduler.waiting_patches, scheduler.waiting_work) == (0, 0, 0)
+    assert scheduler.pop(1e9) is None and scheduler.age(1e9) == 0
+
+
+@given(traces, st.sampled_from([0.3, 4.0]))
+def test_priority_and_no_starvation(trace: list[Request], seconds: float) -> None:
+    scheduler: Scheduler[int] = Scheduler(Budget(50, 60, 120), RATES, ageing=AGEING)
+    outcome = replay(trace, scheduler, seconds)
+    served = [-math.inf] * 3
+    waiting_since: list[float | None] = [None] * 3
+    longest = max((seconds * batch.work / 100 for _, batch in outcome.batches), default=0.0)
+    for (now, batch), waiting in zip(outcome.batches, outcome.waiting, strict=True):
+        claims: dict[int, float] = {}
+        for level in range(3):
+            arrivals = [at for i, at in waiting.items() if trace[i].level == level]
+            if arrivals:
+                claims[level] = max(min(arrivals), served[level])
+                waiting_since[level] = claims[level]
+            else:
+                waiting_since[level] = None
+        chosen = batch.level
+        for level, claim in claims.items():
+            if level < chosen:  # passed over only by what has aged
+                assert claims[chosen] + chosen * AGEING < claim + level * AGEING
+            # The others have one batch each after this one has aged, and one may have been running.
+            assert now - claim <= level * AGEING + len(LEVELS) * longest + 1e-9
+        served[chosen] = now + seconds * batch.work / 100
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 20), min_size=30, max_size=30), min_size=2, max_size=4),
+    st.integers(20, 60),
+)
+def test_clients_take_turns_by_work(clients: list[list[int]], budget: int) -> None:
+    """While all have work waiting, none gets ahead by more than its largest requests."""
+    scheduler: Scheduler[tuple[int, int]] = Scheduler(Budget(tokens=budget))
+    for c, sizes in enumerate(clients):  # the first client has queued everything before the second
+        for tokens in sizes:
+            scheduler.admit()
+            scheduler.push((c, tokens), Cost(tokens), 0.0, client=c)
+    done, left = [0] * len(clients), [len(sizes) for sizes in clients]
+    while all(left):
+        batch = scheduler.pop(0.0)
+        assert batch is not None
+        for c, tokens in batch.jobs:
+            done[c] += tokens
+            left[c] -= 1
+        assert max(done) - min(done) <= 2 * 20 + budget
+
+
+def test_a_client_that_pauses_neither_saves_nor_loses_turns() -> None:
+    scheduler: Scheduler[str] = Scheduler(Budget(tokens=10))
+
+    def push(client: str, count: int) -> None:
+        for _ in range(count):
+            scheduler.admit()
+            scheduler.push(client, Cost(10), 0.0, client=client)
+
+    def run(count: int) -> str:
+        return "".join(batch.jobs[0] for _ in range(count) if (batch := scheduler.pop(0.0)))
+
+    push("a", 20)
+    assert run(10) == "a" * 10
+    push("b", 10)  # has had nothing yet, and gets half from now on
+    assert run(8).count("b") == 4
+    push("c", 1)
+    assert "c" in run(3)
+    push("c", 1)  # one at a time is no way to get more
+    assert run(9).count("c") == 1
+
+
+def test_what_others_of_the_batch_have_is_not_counted_again() -> None:
+    scheduler: Scheduler[int] = Scheduler(Budget(tokens=200, patches=100))
+    for i in range(6):
+        scheduler.admit()
+        media = (Media("query", 64, 64),)
+        own = (hash(("own", i)), 110)
+        cost = Cost(120, media, ((1, 8), (2, 100), own))
+        scheduler.push(i, cost, 0.0)
+    batch = scheduler.pop(0.0)
+    assert batch is not None
+    # The first in full; of the others 20 tokens, and up to 7 that are not worth sharing.
+    assert batch.jobs == [0, 1, 2] and batch.tokens == 120 + 2 * 27 and batch.patches == 64
+
+
+def test_work_counts_squares() -> None:
+    scheduler: Scheduler[int] = Scheduler(Budget(tokens=10_000, work=3000), Rates(pair=0.002))
+    for i in range(4):
+        scheduler.admit()
+        scheduler.push(i, Cost(1000), 0.0)  # 1000 linear, 1000 in attention
+    assert [scheduler.pop(0.0).jobs for _ in range(4)] == [[0], [1], [2], [3]]  # type: ignore[union-attr]
+
+
+def test_only_the_more_urgent_and_the_small_pass() -> None:
+    scheduler: Scheduler[str] = Scheduler(Budget(tokens=100))
+    for job, level, tokens in [("bulk", 2, 5), ("long", 0, 50), ("short", 0, 5), ("usual", 1, 5)]:
+        scheduler.admit()
+        scheduler.push(job, Cost(tokens), 0.0, level=level, client=job)
+    small = scheduler.pop(0.0, above=2, most=10)
+    assert small is not None and small.jobs == ["short"]
+    assert [scheduler.pop(0.0, above=2).jobs for _ in range(2)] == [["long"], ["usual"]]  # type: ignore[union-attr]
+    assert scheduler.pop(0.0, above=2) is None and len(scheduler) == 1
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    scheduler: Scheduler[int] = Scheduler(Budget(tokens=100), queue_work=250)
+    for i in range(3):
+        scheduler.admit()
+        scheduler.push(i, Cost(100), 0.0)
+    with pytest.raises(QueueFull, match=r"try again in 1\.0 s") as refused:
+        scheduler.admit()
+    assert refused.value.queued == 300
+    batch = scheduler.pop(0.0)
+    assert batch is not None
+    scheduler.finished(batch, 2.0, 2.0)  # 50 a second
+    scheduler.admit()  # one is being prepared: 200 waiting and 100 to come
+    with pytest.raises(QueueFull) as refused:
+        scheduler.admit()
+    assert refused.value.retry_after == pytest.approx(150 / 50)
+    scheduler.withdraw()
+    scheduler.admit()
+
+
+def test_a_lull_is_short_beside_what_waits() -> None:
+    scheduler: Scheduler[int] = Scheduler(Budget(tokens=100))
+
+    def push(tokens: int, level: int = 1) -> None:
+        scheduler.admit()
+        scheduler.push(0, Cost(tokens), 0.0, level=level)
+
+    push(10)
+    assert scheduler.lull() == 0  # nothing is being prepared
+    scheduler.admit()
+    assert scheduler.lull() == 0.01  # no speed is known
+    batch = scheduler.pop(0.0)
+    assert batch is not None
+    scheduler.finished(batch, 0.0, 0.01)  # 1,000 a second
+    push(10)
+    assert scheduler.lull() == pytest.approx(0.001)
+    push(89)
+    assert scheduler.lull() == pytest.approx(0.0099)
+    push(1)
+    assert scheduler.lull() == 0  # a batch is full
+    scheduler.pop(0.0)
+    push(10, level=0)
+    assert scheduler.lull() == 0  # it is urgent
+
+
+def test_the_budget_shrinks_and_grows_again() -> None:
+    scheduler: Scheduler[int] = Scheduler(Budget(tokens=8, patches=3, work=100))
+    for _ in range(5):
+        scheduler.shrink()
+    assert scheduler.budget == Budget(1, 1, 3.125)
+    for _ in range(64 * 5):
+        scheduler.finished(Planned(0), 0.0, 0.0)
+    assert scheduler.budget == Budget(8, 3, 100)
+
+
+def test_drain_leaves_nothing() -> None:
+    scheduler: Scheduler[int] = Scheduler(Budget())
     for i in range(5):
-        scheduler.push(i, tokens=4, patches=0)
-    assert [scheduler.pop_batch() for _ in range(3)] == [[0, 1], [2, 3], [4]]
+        scheduler.admit()
+        scheduler.push(i, Cost(1), 0.0, level=i % 3, deadline=1.0 if i == 4 else math.inf)
+    scheduler.pop(2.0, above=0)  # notices that 4 is late
+    assert sorted(scheduler.drain()) == [0, 1, 2, 3, 4]
+    assert len(scheduler) == 0 and scheduler.drain() == [] and scheduler.pop(2.0) is None
+
+
+def test_tickets_that_left_out_of_turn_are_forgotten() -> None:
+    scheduler: Scheduler[int] = Scheduler(Budget())
+    scheduler.admit()
+    scheduler.push(0, Cost(1), 0.0)
+    for i in range(1, 5000):
+        scheduler.admit()
+        scheduler.cancel(scheduler.push(i, Cost(1), 0.0, client=i, deadline=1e6))
+        scheduler.pop(0.0, above=1)
+    assert len(scheduler._deadlines) <= 1030 and len(scheduler._arrivals[1]) <= 1030
 
 
 @pytest.mark.parametrize(("tokens", "patches"), [(0, 1), (1, 0), (-5, 1)])
-def test_bad_budget(tokens, patches) -> None:
+def test_bad_budget(tokens: int, patches: int) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         Budget(tokens, patches)

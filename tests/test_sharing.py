@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from qvlfast import Embedder, Reranker
 from qvlfast.batch import pack
-from qvlfast.sharing import Tree, no_sharing, prefix_tree
+from qvlfast.scheduler import Budget, Cost, Scheduler
+from qvlfast.sharing import Keys, Tree, no_sharing, prefix_tree
 from tests.samples import frames, picture
 
 CPU = torch.device("cpu")
@@ -26,6 +27,10 @@ TOLERANCE = 1e-5
 sequences = st.lists(
     st.lists(st.integers(0, 1), min_size=1, max_size=7).map(lambda x: np.repeat(x, 5)), max_size=12
 )
+
+
+def tree_of(keys: list[np.ndarray]) -> Tree:
+    return prefix_tree([Keys.of(own) for own in keys])
 
 
 def unfold(tree: Tree, keys: list[np.ndarray], prompt: int) -> np.ndarray:
@@ -41,7 +46,7 @@ def unfold(tree: Tree, keys: list[np.ndarray], prompt: int) -> np.ndarray:
 
 @given(sequences)
 def test_every_prompt_is_a_path_from_a_root(keys: list[np.ndarray]) -> None:
-    tree = prefix_tree(keys)
+    tree = tree_of(keys)
     for i, own in enumerate(keys):
         assert (unfold(tree, keys, i) == own).all() and len(unfold(tree, keys, i)) == len(own)
     for i, segment in enumerate(tree.segments):
@@ -55,18 +60,41 @@ def test_every_prompt_is_a_path_from_a_root(keys: list[np.ndarray]) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6).map(np.array), max_size=12))
 def test_short_beginnings_are_not_worth_a_segment(keys: list[np.ndarray]) -> None:
-    tree = prefix_tree(keys)
+    tree = tree_of(keys)
     for i, own in enumerate(keys):
         assert unfold(tree, keys, i).tolist() == own.tolist()
 
 
+@given(
+    st.lists(
+        st.lists(st.integers(0, 1), min_size=1, max_size=12).map(lambda x: np.repeat(x, 3)),
+        max_size=14,
+    ),
+    st.integers(5, 80),
+)
+def test_no_batch_is_larger_than_the_scheduler_thinks(keys: list[np.ndarray], most: int) -> None:
+    """It compares hashes at a few lengths, and must not count on sharing that does not happen."""
+    scheduler: Scheduler[Keys] = Scheduler(Budget(tokens=most))
+    for own in map(Keys.of, keys):
+        scheduler.admit()
+        scheduler.push(own, Cost(len(own.tokens), (), own.prefixes()), 0.0)
+    found = 0
+    while (batch := scheduler.pop(0.0)) is not None:
+        tree = prefix_tree(batch.jobs)
+        computed = sum(s.stop - s.start for s in tree.segments)
+        assert computed <= batch.tokens
+        assert batch.tokens <= most or len(batch.jobs) == 1
+        found += len(batch.jobs)
+    assert found == len(keys)
+
+
 def test_equal_prompts_are_one() -> None:
-    tree = prefix_tree([np.arange(30)] * 5)
+    tree = tree_of([np.arange(30)] * 5)
     assert len(tree.segments) == 1 and set(tree.last) == {0}
 
 
 def test_thousands_of_nested_prompts() -> None:
-    tree = prefix_tree([np.zeros(10 * n, dtype=np.int64) for n in range(1, 2000)])
+    tree = tree_of([np.zeros(10 * n, dtype=np.int64) for n in range(1, 2000)])
     assert len(tree.segments) == 1999
     assert sum(s.stop - s.start for s in tree.segments) == 19_990
 

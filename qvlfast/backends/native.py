@@ -49,7 +49,7 @@ def _prepare(
         packed = _C.pack_floats([view(t) for t in tensors], _STORED[tensors[0].dtype], gated)
         return Linear(packed, bias)
     if len(fours) == len(wide) and len({four.group for four in fours}) == 1:
-        triples = [(view(f.values()), view(f.multiplier), view(f.scale)) for f in fours]
+        triples = [(view(f.packed), view(f.multiplier), view(f.scale)) for f in fours]
         packed = _C.pack_int4(triples, fours[0].group, gated)
     else:
         eights = [part.widen() if isinstance(part, Int4Weight) else part for part in wide]
@@ -139,9 +139,33 @@ def _patch_embed(
     merge: int,
 ) -> Tensor:
     positions = resample_positions(table, grids, merge)
-    # 0 … 255 are exact in both dtypes.
     dtype = torch.float32 if layer.weight.format == "f32" else torch.bfloat16
-    return _linear(pixels.to(dtype), layer, residual=positions)
+    out = torch.empty(len(pixels), layer.weight.n, dtype=dtype)
+    rest = (_maybe(layer.bias), "none", view(positions), view(out))
+    _C.gemm(view(pixels), None, layer.weight, *rest)
+    return out
+
+
+def _pool(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    read: Tensor | None = None,
+    size: int | None = None,
+) -> Tensor:
+    rows = len(x) if read is None else len(read)
+    out = torch.empty(rows, size or x.shape[1], dtype=torch.float32)
+    _C.pool(view(x), _maybe(read), view(weight), eps, size is not None, view(out))
+    return out
+
+
+def _score(
+    x: Tensor, weight: Tensor, eps: float, answer_rows: Tensor, *, read: Tensor | None = None
+) -> Tensor:
+    out = torch.empty(len(x) if read is None else len(read), dtype=torch.float32)
+    _C.score(view(x), _maybe(read), view(weight), eps, view(answer_rows), view(out))
+    return out
 
 
 class NativeOps(Ops):
@@ -158,3 +182,5 @@ class NativeOps(Ops):
     norm_rope = staticmethod(_norm_rope)
     attention = staticmethod(_attention)
     patch_embed = staticmethod(_patch_embed)
+    pool = staticmethod(_pool)
+    score = staticmethod(_score)

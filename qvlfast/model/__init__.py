@@ -1,17 +1,40 @@
-"""The whole forward pass: pixels and tokens in, vectors or scores out."""
+"""The whole forward pass: pixels and tokens in, vectors or scores out.
+
+It runs in pieces. Both stages are generators that yield after each, so that who drives them can
+do something more urgent in between; ``drain`` runs one to its end.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..batch import Batch
+from ..batch import Batch, VisionBatch
+from ..cache import KeysValues
 from ..config import ModelConfig
 from ..ops import Ops
 from ..weights import ModelWeights
 from .head import head_forward
 from .text import text_forward
 from .vision import vision_forward
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Output:
+    """
+    Attributes:
+        values: vectors ``[R, hidden_size]`` or scores ``[R]``, float32.
+        kept: for each span asked for, keys and values of every layer.
+    """
+
+    values: Tensor
+    kept: tuple[tuple[KeysValues, ...], ...]
 
 
 class Model:
@@ -23,17 +46,48 @@ class Model:
         self.ops = ops
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
-        """Vectors ``[R, hidden_size]`` or scores ``[R]`` of ``batch.read``, float32."""
-        visual: Tensor | None = None
-        deepstack: list[Tensor] = []
-        if batch.vision is not None:
-            visual, deepstack = vision_forward(
-                self.ops, self.weights.vision, self.config.vision, batch.vision
-            )
-            visual = visual[batch.visual_rows]
-            deepstack = [level[batch.visual_rows] for level in deepstack]
-        output = text_forward(
-            self.ops, self.weights.text, self.config.text, batch, visual, deepstack
+    def vision(self, batch: VisionBatch) -> Generator[None, None, list[Tensor]]:
+        """Visual tokens and the levels of deepstack, ``[V, hidden_size]`` each."""
+        return (yield from vision_forward(self.ops, self.weights.vision, self.config.vision, batch))
+
+    @torch.inference_mode()
+    def text(
+        self,
+        batch: Batch,
+        levels: Sequence[Tensor] = (),
+        resident: Sequence[Sequence[KeysValues]] = (),
+        keep: Sequence[slice] = (),
+    ) -> Generator[None, None, Output]:
+        """Vectors or scores of ``batch.read``.
+
+        Args:
+            levels: of :meth:`vision`, or empty; ``batch.visual_rows`` says which rows go where.
+            resident, keep: see :func:`qvlfast.model.text.text_forward`.
+        """
+        rows = [level[batch.visual_rows] for level in levels]
+        output = yield from text_forward(
+            self.ops,
+            self.weights.text,
+            self.config.text,
+            batch,
+            rows[0] if rows else None,
+            rows[1:],
+            resident,
+            keep,
         )
-        return head_forward(self.ops, self.weights, self.config.text, output)
+        values = head_forward(self.ops, self.weights, self.config.text, output)
+        return Output(values, output.kept)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Both stages at once: the vectors or scores of ``batch.read``."""
+        levels = [] if batch.vision is None else drain(self.vision(batch.vision))
+        return drain(self.text(batch, levels)).values
+
+
+def drain(pieces: Generator[None, None, T]) -> T:
+    """Run all pieces; returns what the generator returns."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            return stop.value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..batch import Batch
+from ..batch import Batch, Window
+from ..cache import KeysValues
 from ..config import TextConfig
-from ..ops import Ops
+from ..ops import Forest, Ops
 from ..weights import TextLayer, TextWeights
-
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one layer, each ``[tokens, num_kv_heads, head_dim]``."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +23,12 @@ class TextOutput:
     Attributes:
         hidden: ``[R, hidden_size]``: the read tokens before the final norm; or all tokens'.
         read: ``[R]`` int64, the rows of ``hidden`` that were read; None if it has no others.
-        keys_values: keys and values of every layer for all computed tokens, when asked for.
+        kept: for each span asked for, the keys and values of every layer.
     """
 
     hidden: Tensor
     read: Tensor | None
-    keys_values: tuple[KeysValues, ...]
+    kept: tuple[tuple[KeysValues, ...], ...]
 
 
 def text_forward(
@@ -40,17 +38,18 @@ def text_forward(
     batch: Batch,
     visual: Tensor | None = None,
     deepstack: Sequence[Tensor] = (),
-    resident: Sequence[KeysValues] = (),
-    keep_keys_values: bool = False,
-) -> TextOutput:
-    """Run the decoder over one batch.
+    resident: Sequence[Sequence[KeysValues]] = (),
+    keep: Sequence[slice] = (),
+) -> Generator[None, None, TextOutput]:
+    """Run the decoder over one batch, piece by piece: a layer, or a window of one.
 
     Args:
         visual: ``[V, hidden_size]``: replaces the embeddings at ``batch.visual_index``.
         deepstack: level j, ``[V, hidden_size]``, is added there after layer j.
-        resident: per layer, the keys and values of the batch's resident segments, which come
-            first in ``batch.forest``.
-        keep_keys_values: return keys and values, for use as ``resident`` in a later batch.
+        resident: per resident segment and layer its keys and values; those segments come first
+            in ``batch.forest``.
+        keep: spans of the computed tokens whose keys and values are wanted, for use as
+            ``resident`` in a later batch.
     """
     x = ops.embed(batch.ids, weights.embedding)
     if visual is not None:
@@ -58,47 +57,85 @@ def text_forward(
     tables = ops.mrope_tables(
         batch.positions, config.head_dim, config.rope_theta, config.mrope_section
     )
-    kept: list[KeysValues] = []
+    windows = batch.windows or (Window(slice(0, len(x)), batch.forest),)
+    kept: list[list[KeysValues]] = [[] for _ in keep]
     last = len(weights.layers) - 1
     # After the last layer only the read tokens are looked at, so it computes no others; unless
     # deepstack, which is indexed by token, still has to be added there.
     prune = last >= len(deepstack)
     for index, layer in enumerate(weights.layers):
-        read = batch.read if prune and index == last else None
-        past = resident[index] if resident else None
-        x, keys_values = _layer(ops, layer, config, batch, x, tables, past, read)
-        if keep_keys_values:
-            kept.append(keys_values)
+        parts = []
+        for window in windows:
+            parts.append(_keys_values(ops, layer, config, x[window.rows], _at(tables, window.rows)))
+            if len(windows) > 1:
+                yield
+        past = [segment[index] for segment in resident]
+        k, v = (_joined([pair[i] for pair in (*past, *parts)]) for i in (0, 1))
+        first = len(k) - len(x)
+        for span, layers in zip(keep, kept, strict=True):
+            rows = slice(first + span.start, first + span.stop)
+            layers.append((_copied(k[rows]), _copied(v[rows])))
+        if prune and index == last:
+            own = batch.read_rows
+            args = (x[own], _at(tables, own), k, v, batch.forest)
+            x = _attend_and_mix(ops, layer, config, *args, batch.read)
+        elif len(windows) == 1:
+            x = _attend_and_mix(ops, layer, config, x, tables, k, v, batch.forest)
+        else:
+            # In place: keys and values of the layer are there already, and nothing else of a token
+            # is looked at by others.
+            for window in windows:
+                here, keys = window.rows, int(window.forest.cu_k[-1])
+                args = (x[here], _at(tables, here), k[:keys], v[:keys], window.forest)
+                x[here] = _attend_and_mix(ops, layer, config, *args)
+                yield
         if index < len(deepstack):
             ops.add_rows(x, batch.visual_index, deepstack[index])
-    rows = None if prune else batch.read_rows
-    return TextOutput(hidden=x, read=rows, keys_values=tuple(kept))
+        yield
+    read = None if prune else batch.read_rows
+    return TextOutput(hidden=x, read=read, kept=tuple(tuple(layers) for layers in kept))
 
 
-def _layer(
+def _at(tables: tuple[Tensor, Tensor], rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+    return tables[0][rows], tables[1][rows]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _copied(x: Tensor) -> Tensor:
+    """Not a view, which would keep the whole batch's memory alive."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _keys_values(
+    ops: Ops, layer: TextLayer, config: TextConfig, x: Tensor, tables: tuple[Tensor, Tensor]
+) -> KeysValues:
+    normed = ops.rms_norm(x, layer.input_norm, config.norm_eps, rows=layer.kv_proj.rows)
+    both = ops.linear(normed, layer.kv_proj).chunk(2, dim=1)
+    k, v = (half.unflatten(1, (-1, config.head_dim)) for half in both)
+    return ops.norm_rope(k, layer.k_norm, *tables, config.norm_eps), v
+
+
+def _attend_and_mix(
     ops: Ops,
     layer: TextLayer,
     config: TextConfig,
-    batch: Batch,
     x: Tensor,
     tables: tuple[Tensor, Tensor],
-    past: KeysValues | None,
-    read: NDArray[np.int64] | None,
-) -> tuple[Tensor, KeysValues]:
-    cos, sin = tables
-    heads = (-1, config.head_dim)
-    normed = ops.rms_norm(x, layer.input_norm, config.norm_eps, rows=layer.kv_proj.rows)
-    k, v = (half.unflatten(1, heads) for half in ops.linear(normed, layer.kv_proj).chunk(2, dim=1))
-    k = ops.norm_rope(k, layer.k_norm, cos, sin, config.norm_eps)
-    if read is not None:
-        rows = batch.read_rows
-        x, normed, cos, sin = x[rows], normed[rows], cos[rows], sin[rows]
-    q = ops.linear(normed, layer.q_proj).unflatten(1, heads)
-    q = ops.norm_rope(q, layer.q_norm, cos, sin, config.norm_eps)
-    all_k, all_v = (k, v) if past is None else (torch.cat((past[0], k)), torch.cat((past[1], v)))
+    k: Tensor,
+    v: Tensor,
+    forest: Forest,
+    read: NDArray[np.int64] | None = None,
+) -> Tensor:
+    """The rest of a layer for some tokens; arguments as in :func:`qvlfast.ops.attention`."""
+    normed = ops.rms_norm(x, layer.input_norm, config.norm_eps, rows=layer.q_proj.rows)
+    q = ops.linear(normed, layer.q_proj).unflatten(1, (-1, config.head_dim))
+    q = ops.norm_rope(q, layer.q_norm, *tables, config.norm_eps)
     scale = config.head_dim**-0.5
-    attended = ops.attention(q, all_k, all_v, batch.forest, causal=True, scale=scale, read=read)
+    attended = ops.attention(q, k, v, forest, causal=True, scale=scale, read=read)
     x = ops.linear(attended.flatten(1), layer.o_proj, residual=x)
     normed = ops.rms_norm(x, layer.post_norm, config.norm_eps, rows=layer.gate_up_proj.rows)
     hidden = ops.gated_linear(normed, layer.gate_up_proj, rows=layer.down_proj.rows)
-    return ops.linear(hidden, layer.down_proj, residual=x), (k, v)
+    return ops.linear(hidden, layer.down_proj, residual=x)

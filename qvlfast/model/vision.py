@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
 
 from ..batch import VisionBatch
 from ..config import VisionConfig
-from ..ops import Ops
+from ..ops import Forest, Ops
 from ..weights import Merger, VisionBlock, VisionWeights
 
 
 def vision_forward(
     ops: Ops, weights: VisionWeights, config: VisionConfig, batch: VisionBatch
-) -> tuple[Tensor, list[Tensor]]:
-    """Run the tower over packed pictures and videos.
+) -> Generator[None, None, list[Tensor]]:
+    """Run the tower over packed pictures and videos, piece by piece: a block, or a window of one.
 
     Returns:
-        The visual tokens ``[V, out_hidden_size]``, and for each deepstack level what is added to
-        them after the decoder layer of that number, ``[V, out_hidden_size]`` each.
+        The visual tokens ``[V, out_hidden_size]``, and then for each deepstack level what is added
+        to them after the decoder layer of that number, ``[V, out_hidden_size]`` each.
     """
     x = _embed_patches(ops, weights, config, batch)
     cos, sin = ops.vision_rope_tables(batch.positions, config.head_dim, config.rope_theta)
     deepstack = []
     for index, block in enumerate(weights.blocks):
-        x = _block(ops, block, config, batch, x, cos, sin)
+        if batch.windows:
+            for window in batch.windows:
+                at = window.rows
+                x[at] = _block(ops, block, config, window.forest, x[at], cos[at], sin[at])
+                yield
+        else:
+            x = _block(ops, block, config, batch.forest, x, cos, sin)
         if index in config.deepstack_layers:
             level = config.deepstack_layers.index(index)
             deepstack.append(_merge(ops, weights.deepstack[level], config, x))
-    return _merge(ops, weights.merger, config, x), deepstack
+        yield
+    return [_merge(ops, weights.merger, config, x), *deepstack]
 
 
 def _embed_patches(
@@ -55,7 +63,7 @@ def _block(
     ops: Ops,
     block: VisionBlock,
     config: VisionConfig,
-    batch: VisionBatch,
+    forest: Forest,
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -66,7 +74,7 @@ def _block(
     q, k, v = qkv.view(len(x), 3, config.num_heads, config.head_dim).unbind(1)
     q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
     scale = config.head_dim**-0.5
-    attended = ops.attention(q, k, v, batch.forest, causal=False, scale=scale)
+    attended = ops.attention(q, k, v, forest, causal=False, scale=scale)
     x = ops.linear(attended.flatten(1), block.proj, residual=x)
     normed = ops.layer_norm(x, norm2.weight, norm2.bias, config.norm_eps, rows=block.fc1.rows)
     hidden = ops.linear(normed, block.fc1, activation="gelu_tanh")

@@ -56,6 +56,25 @@ class Forest:
         cu = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
         return cls(cu, cu, np.full(len(lengths), -1, dtype=np.int32))
 
+    def window(self, start: int, stop: int) -> Forest:
+        """The forest in which only the queries ``start:stop`` ask, with the keys up to the last of
+        them: the first ``cu_k[S]`` of the keys."""
+        stops = np.clip(self.cu_q, start, stop)
+        # Keys of the segment that `stop` lies in end there, and those behind it have none.
+        segment = int(np.searchsorted(self.cu_q, stop, side="left")) - 1
+        most = int(self.cu_k[segment + 1]) - (int(self.cu_q[segment + 1]) - stop)
+        return Forest((stops - start).astype(np.int32), np.minimum(self.cu_k, most), self.parent)
+
+    def visible(self) -> NDArray[np.int64]:
+        """How many keys each query sees when attention is causal, ``[cu_q[S]]``."""
+        ends = np.zeros(len(self.parent) + 1, dtype=np.int64)  # one more for those without parent
+        keys = np.diff(self.cu_k)
+        for segment, parent in enumerate(self.parent):
+            ends[segment] = ends[parent] + keys[segment]
+        queries = np.diff(self.cu_q)
+        last = np.repeat(ends[:-1], queries)
+        return last - np.repeat(self.cu_q[1:], queries) + np.arange(self.cu_q[-1]) + 1
+
     def chain(self, segment: int) -> list[int]:
         """The ancestors of ``segment`` from the root down, then itself."""
         found = []

@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
+
 INT8_MOST = 127
-INT4_MOST = 7
 MULTIPLIER_MOST = 18  # 7 · 18 = 126 is the most that an int8 holds
 FP8_MOST = 448.0  # the largest finite e4m3
 FP8_BLOCK = 128  # outputs, and inputs, that share a scale in Qwen's FP8 files
 # In place of the largest value of a channel of zeros.
 TINY = 1e-30
-
-_SEARCHED = 4  # multipliers tried below the one that clips nothing
-_ROWS = 1024  # channels that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -156,14 +153,15 @@ QuantisedWeight: TypeAlias = Int8Weight | Int4Weight | Fp8Weight | Fp8BlockWeigh
 
 
 def quantise_int8(weight: Tensor) -> Int8Weight:
-    """Round each channel to 255 levels: scale = max|w| / 127."""
-    most = weight.abs().amax(dim=1).float().clamp(min=TINY)
-    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, start + _ROWS)
-        wide = weight[rows].float() * (INT8_MOST / most[rows])[:, None]
-        values[rows] = wide.round().clamp(-INT8_MOST, INT8_MOST).to(torch.int8)
-    return Int8Weight(values, most / INT8_MOST)
+    """Round each channel to 255 levels: scale = max|w| / 127.
+
+    A channel with NaN or infinity in it gets a scale of NaN.
+    """
+    on_host = weight.cpu().contiguous()
+    values = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(len(weight), dtype=torch.float32)
+    _C.quantise_rows(on_host, values, scale)
+    return Int8Weight(values, scale).to(weight.device)
 
 
 def quantise_fp8(weight: Tensor) -> Fp8Weight:
@@ -177,52 +175,26 @@ def quantise_fp8(weight: Tensor) -> Fp8Weight:
 def quantise_int4(weight: Tensor, group: int = 64) -> Int4Weight:
     """Round to 15 levels a group; of the multipliers that clip little, the one that errs least.
 
-    The channel's scale is max|w| / 126, so that its largest group reaches the largest multiplier.
+    The channel's scale is max|w| / 126, so that its largest group reaches the largest multiplier,
+    rounded up to 16 significant bits: scale times multiplier is exact then, so that a file which
+    holds the products alone gives both back. NaN and infinity are as in :func:`quantise_int8`.
 
     Raises:
-        ValueError: K is odd.
+        ValueError: K is odd, or no such group.
     """
     n, k = weight.shape
-    if k % 2:
-        raise ValueError(f"a weight of {k} inputs cannot be packed in pairs")
-    groups = -(-k // group)
-    packed = torch.empty((n, k // 2), dtype=torch.uint8, device=weight.device)
-    multiplier = torch.empty((n, groups), dtype=torch.uint8, device=weight.device)
-    scale = weight.abs().amax(dim=1).float().clamp(min=TINY) / (INT4_MOST * MULTIPLIER_MOST)
-    # Rounded up to 16 significant bits: scale times multiplier is exact, so that a file which
-    # holds the products alone gives both back.
-    scale = ((scale.view(torch.int32) + 255) & ~255).view(torch.float32)
-    for start in range(0, n, _ROWS):
-        rows = slice(start, start + _ROWS)
-        scaled = weight[rows].float() / scale[rows][:, None]
-        scaled = F.pad(scaled, (0, groups * group - k)).view(-1, groups, group)
-        values, chosen = _round_groups(scaled)
-        packed[rows] = pack_nibbles(values.flatten(1)[:, :k])
-        multiplier[rows] = chosen.to(torch.uint8)
-    return Int4Weight(packed, multiplier, scale, group)
+    on_host = weight.cpu().contiguous()
+    packed = torch.empty((n, k // 2), dtype=torch.uint8)
+    multiplier = torch.empty((n, -(-k // group)), dtype=torch.uint8)
+    scale = torch.empty(n, dtype=torch.float32)
+    _C.quantise_int4(on_host, group, packed, multiplier, scale)
+    return Int4Weight(packed, multiplier, scale, group).to(weight.device)
 
 
 def pack_nibbles(values: Tensor) -> Tensor:
     """``[N, K]`` of −7 … 7 as :attr:`Int4Weight.packed`."""
     nibbles = (values + 8).to(torch.uint8)
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-
-
-def _round_groups(scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """Values ``[N, G, group]`` and multipliers ``[N, G]`` for weights in units of the scale."""
-    unclipped = (scaled.abs().amax(dim=2) / INT4_MOST).ceil().clamp(1, MULTIPLIER_MOST)
-    least = torch.full_like(unclipped, torch.inf)
-    chosen = unclipped.clone()
-    values = torch.zeros_like(scaled)
-    for below in range(_SEARCHED):
-        tried = (unclipped - below).clamp(min=1)
-        rounded = (scaled / tried[..., None]).round().clamp(-INT4_MOST, INT4_MOST)
-        error = (rounded * tried[..., None] - scaled).square().sum(dim=2)
-        better = error < least
-        least = torch.where(better, error, least)
-        chosen = torch.where(better, tried, chosen)
-        values = torch.where(better[..., None], rounded, values)
-    return values, chosen
 
 
 def quantise(weight: Tensor, form: str, group: int = 64) -> QuantisedWeight:

@@ -1,0 +1,315 @@
+"""What the scheduler saves, and what it costs: ``python -m benchmarks.scheduler``.
+
+One model, random weights unless ``--model`` names a checkpoint, behind two engines: one with
+everything shared and cached, one without. Rounds alternate between the two, and the medians of a
+case and of its ratios are kept, because machines are shared and their speed drifts. Times are those
+of whole calls, preprocessing included; caches are empty at the start of each, except in the cases
+called "again". ``interactive`` and ``queue`` measure the scheduler alone, see there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.checkpoints import write_checkpoint
+from qvlfast import _C, Embedder, Reranker
+from qvlfast.engine import Engine
+from qvlfast.model import Model
+from qvlfast.runner import Runner, Sharing
+from qvlfast.runtime import Runtime
+from qvlfast.scheduler import Budget, Cost, Rates, Scheduler
+
+from .records import RESULTS, append, commit, machine
+
+ON, OFF = Sharing(True, 512 << 20, 256 << 20), Sharing(False, 0, 0)
+WORDS = ["river", "stone", "light", "green", "cloud", "paper", "house", "road", "field", "glass"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV: medians with sharing and without, and of their ratio, without over with
+    (of ``interactive`` and ``queue`` see :func:`interactive`, :func:`queue`)."""
+
+    case: str
+    unit: str
+    on: float
+    off: float
+    ratio: float
+    tokens_on: int
+    tokens_off: int
+    rounds: int
+    shape: str
+    weights: str
+    threads: int
+    isa: str
+    machine: str
+    torch: str
+    commit: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both classes around one model, with an engine of their own."""
+
+    embedder: Embedder
+    reranker: Reranker
+
+    def forget(self) -> None:
+        for one in (self.embedder, self.reranker):
+            one._runtime.engine._runner.forget()
+
+    def computed(self) -> int:
+        return sum(m.metrics().tokens_computed for m in (self.embedder, self.reranker))
+
+
+def pair(loaded: Reranker, sharing: Sharing, stack: ExitStack) -> Pair:
+    """The loaded model once more, without its weights being there twice."""
+    runtime = loaded._runtime
+    scorer = runtime.engine.model
+    pooler = Model(scorer.config, replace(scorer.weights, answer_rows=None), scorer.ops)
+
+    def around(model: Model) -> Runtime:
+        runner = Runner(model, torch.device("cpu"), sharing)
+        engine = Engine(runner, Budget(work=2.0 * Budget().tokens))
+        stack.callback(engine.close)
+        return Runtime(runtime.config, runtime.prompter, engine, runtime.options)
+
+    return Pair(Embedder(around(pooler)), Reranker(around(scorer)))
+
+
+def text(loaded: Reranker, tokens: int, seed: int) -> str:
+    """A text of so many tokens: each word is one."""
+    chosen = np.random.default_rng(seed).choice(WORDS, tokens)
+    made = " " + " ".join(chosen)
+    length, empty = (len(loaded._prepare_pair(("q", d), None).ids) for d in (made, ""))
+    assert length - empty == tokens
+    return made
+
+
+def picture(side: int, seed: int) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def cases(loaded: Reranker, side: int) -> dict[str, Callable[[Pair], Any]]:
+    """Whole calls, by name. ``side`` is that of the query's picture."""
+    query = {"text": "which of these", "image": picture(side, 0)}
+    short = [text(loaded, 100, i) for i in range(20)]
+    long = [text(loaded, 150, i) for i in range(50)]
+    question = text(loaded, 60, 99)
+    texts = [text(loaded, 12, i) for i in range(64)]
+    tasks = ["Retrieve", "Classify this", "Find texts that say the same", "Name the topic of this"]
+    mixed = [{"text": t, "instruction": tasks[i % 4]} for i, t in enumerate(texts)]
+    twice = [{"image": picture(side // 2, i % 8)} for i in range(16)]
+
+    def one_by_one(p: Pair) -> None:
+        for item in twice:
+            p.embedder.encode(item)
+
+    return {
+        "rerank, picture query, 20 x 100": lambda p: p.reranker.rank(query, short),
+        "rerank, text query 60, 50 x 150": lambda p: p.reranker.rank(question, long),
+        "64 x 12 tokens, one instruction": lambda p: p.embedder.encode(texts),
+        "64 x 12 tokens, 4 instructions": lambda p: p.embedder.encode(mixed),
+        "16 pictures, half repeated, one call": lambda p: p.embedder.encode(twice),
+        "16 pictures, half repeated, a call each": one_by_one,
+        "rerank, picture query, 1 x 100, again": lambda p: p.reranker.rank(query, short[:1]),
+    }
+
+
+def measure(
+    work: Callable[[Pair], Any], on: Pair, off: Pair, seconds: float, warm: bool
+) -> tuple[list[tuple[float, float]], int, int]:
+    """Times of rounds, as many as fit, and the tokens that each computes in one."""
+    times: list[tuple[float, float]] = []
+    tokens = [0, 0]
+    if warm:
+        work(on)
+        work(on)
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() + sum(times[-1]) < end:
+        took = []
+        for i, side in enumerate((on, off) if len(times) % 2 else (off, on)):
+            which = i if len(times) % 2 else 1 - i
+            if not warm:
+                side.forget()
+            before = side.computed()
+            start = time.perf_counter()
+            work(side)
+            took.append((which, time.perf_counter() - start))
+            tokens[which] = side.computed() - before
+        times.append((dict(took)[0], dict(took)[1]))
+    return times, tokens[0], tokens[1]
+
+
+def queue() -> Iterator[tuple[str, str, float, float]]:
+    """Microseconds of the scheduler for a request, in and out: with 10,000 and, as ``off``, with
+    1,000,000 waiting. No engine, no model."""
+    found = []
+    for waiting in (10_000, 1_000_000):
+        scheduler: Scheduler[int] = Scheduler(Budget(), Rates(1e-4, 0.2, 3e-5))
+        ladder = (8, 12, 18, 27, 40, 60)
+        costs = [Cost(60 + i, (), tuple((hash((i, n)), n) for n in ladder)) for i in range(50)]
+        start = time.perf_counter()
+        for i in range(waiting):
+            scheduler.admit()
+            scheduler.push(i, costs[i % 50], 0.0, level=i % 3, client=i % 20, deadline=1e9)
+        while (batch := scheduler.pop(1.0)) is not None:
+            scheduler.finished(batch, 1.0, 0.1)
+        found.append(1e6 * (time.perf_counter() - start) / waiting)
+    yield "queue, 10,000 and 1,000,000 waiting", "us a request", found[0], found[1]
+
+
+def interactive(
+    loaded: Reranker, on: Pair, requests: int
+) -> Iterator[tuple[str, str, float, float]]:
+    """Single texts that come at random, at 40% of what the model can do, beside a bulk job.
+
+    ``on`` is the 99th percentile of their times with the bulk job and ``off`` without it, in
+    seconds, so that the ratio is below 1. Then the tokens a second of the bulk job beside them, and
+    as ``off`` alone, times the part of the time that they leave.
+    """
+    short = text(loaded, 12, 5)
+    on.embedder.encode(short)
+    alone = []
+    for _ in range(10):
+        start = time.perf_counter()
+        on.embedder.encode(short)
+        alone.append(time.perf_counter() - start)
+    gaps = np.random.default_rng(0).exponential(statistics.median(alone) / 0.4, requests)
+
+    def trace() -> float:
+        times: list[float] = []
+
+        def ask() -> None:
+            start = time.perf_counter()
+            on.embedder.encode(short, priority="interactive")
+            times.append(time.perf_counter() - start)
+
+        threads = []
+        for gap in gaps:
+            time.sleep(gap)
+            threads.append(threading.Thread(target=ask))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+        return float(np.percentile(times, 99))
+
+    without = trace()
+    ended = threading.Event()
+    endless = (text(loaded, 100, i) for i in count())
+
+    def bulk() -> None:
+        for _ in on.embedder.encode_iter(
+            endless, batch_tokens=768, priority="bulk", vision_cache=False
+        ):
+            if ended.is_set():
+                return
+
+    def rate(work: Callable[[], Any]) -> float:
+        before, start = on.computed(), time.perf_counter()
+        work()
+        return (on.computed() - before) / (time.perf_counter() - start)
+
+    thread = threading.Thread(target=bulk)
+    thread.start()
+    time.sleep(2 * sum(alone))
+    bulk_alone = rate(lambda: time.sleep(max(5.0, float(gaps.sum()))))
+    beside: list[float] = []
+    both = rate(lambda: beside.append(trace()))
+    ended.set()
+    thread.join()
+    yield "interactive, p99 beside a bulk job", "s", beside[0], without
+    own = requests * len(on.embedder._prepare(short, None).ids) / float(gaps.sum())
+    yield "bulk job beside interactive", "tokens/s", both - own, 0.6 * bulk_alone
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
+    """Every case that was asked for; each is written as soon as it is there."""
+
+    def add(case: str, unit: str, on: float, off: float, **more: Any) -> None:
+        values = {"ratio": off / on, "tokens_on": 0, "tokens_off": 0, "rounds": 1, **more}
+        values["ratio"] = round(values["ratio"], 3)
+        row = Row(
+            case=case,
+            unit=unit,
+            on=float(f"{on:.4g}"),
+            off=float(f"{off:.4g}"),
+            shape=options.shape if options.model is None else options.model.name,
+            weights=options.quantization or options.dtype,
+            threads=_C.num_threads(),
+            isa=_C.isa(),
+            machine=machine(),
+            torch=torch.__version__,
+            commit=commit(),
+            **values,
+        )
+        append([row], options.out)
+        print(f"{case}: {row.on} {unit}, without {row.off}: {row.ratio} x", flush=True)
+
+    if options.only in "queue":
+        for case in queue():
+            add(*case)
+    with ExitStack() as stack:
+        loaded = stack.enter_context(
+            Reranker.from_pretrained(
+                folder, device="cpu", dtype=options.dtype, quantization=options.quantization
+            )
+        )
+        on, off = pair(loaded, ON, stack), pair(loaded, OFF, stack)
+        off.embedder.encode("warm up")
+        for name, work in cases(loaded, options.side).items():
+            if options.only not in name:
+                continue
+            times, with_, without = measure(work, on, off, options.seconds, "again" in name)
+            add(
+                name,
+                "s",
+                statistics.median(a for a, _ in times),
+                statistics.median(b for _, b in times),
+                ratio=statistics.median(b / a for a, b in times),
+                tokens_on=with_,
+                tokens_off=without,
+                rounds=len(times),
+            )
+        if options.only in "interactive":
+            for case in interactive(loaded, on, options.requests):
+                add(*case)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="2b", help="random weights of this shape")
+    parser.add_argument("--model", type=Path, help="a checkpoint folder instead")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--quantization", choices=["int8", "int4"])
+    parser.add_argument("--side", type=int, default=1024, help="of the query's picture, in pixels")
+    parser.add_argument("--seconds", type=float, default=30, help="of rounds for a case")
+    parser.add_argument("--requests", type=int, default=150, help="of the interactive trace")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scheduler.csv")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(_C.num_threads())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model
+        if folder is None:
+            folder = write_checkpoint(Path(scratch) / "model", options.shape, dtype="bfloat16")
+        run(options, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What is asked of an engine, how it is to be treated, and what comes back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .prompt import Prompt
+from .runner import Ready
+from .scheduler import LEVELS, Ticket
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one input cost.
+
+    Attributes:
+        tokens: decoder tokens, the template and visual ones included.
+        visual_tokens: those of them that stand for pictures and videos.
+        truncated_tokens: tokens of the caller's text that were cut to fit; 0 if none.
+        video_reduced: a video was given fewer pixels than usual, to fit the length limit.
+    """
+
+    tokens: int
+    visual_tokens: int
+    truncated_tokens: int
+    video_reduced: bool
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> Usage:
+        return cls(
+            tokens=len(prompt.ids),
+            visual_tokens=len(prompt.visual_index),
+            truncated_tokens=prompt.truncated_tokens,
+            video_reduced=any(m.reduced for m in prompt.media),
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``value`` is ``[hidden_size]`` float32 from an embedder, ``[]`` from a reranker."""
+
+    value: NDArray[np.float32]
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a request is to be treated.
+
+    Attributes:
+        priority: ``interactive``, ``normal`` or ``bulk``.
+        client: who asks: those of one level take turns.
+        deadline: when the answer is no longer wanted, on the clock of ``time.monotonic``.
+        batch_tokens: a lower token budget for the batch that it will be in; None: the engine's.
+        vision_cache: its pictures may be taken from the vision cache and put there.
+    """
+
+    priority: str = "normal"
+    client: Hashable = None
+    deadline: float = math.inf
+    batch_tokens: int | None = None
+    vision_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.priority not in LEVELS:
+            raise ValueError(f"priority is {self.priority!r}: use one of {', '.join(LEVELS)}")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}: use a positive number")
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        priority: str,
+        client: Hashable,
+        timeout: float | None,
+        batch_tokens: int | None,
+        vision_cache: bool,
+    ) -> Terms:
+        """From the arguments of a call, which has ``timeout`` seconds from now."""
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout is {timeout}: use seconds above 0, or None")
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        # A call that does not say for whom it asks is a client of its own.
+        owner = object() if client is None else client
+        return cls(priority, owner, deadline, batch_tokens, vision_cache)
+
+
+DEFAULT_TERMS = Terms()
+
+
+class Pending(Future[Answer]):
+    """The future of a request. Its ``cancel`` returns False once the request is in a batch, as
+    that of any future; but a batch nobody wants any more is given up at the next piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unwanted = False
+        self.on_cancel: Callable[[], None] | None = None
+
+    def cancel(self) -> bool:
+        self.unwanted = True
+        cancelled = super().cancel()
+        told = self.on_cancel
+        if cancelled and told is not None:
+            told()
+        return cancelled
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way.
+
+    Attributes:
+        prepare: makes its prompt; None once that was asked for.
+        level: its priority as an index into :data:`qvlfast.scheduler.LEVELS`.
+        ready: its prompt, while it waits for the model.
+        ticket: its place in the scheduler.
+        counted: by the scheduler, as being prepared.
+        gone: answered, failed or cancelled.
+    """
+
+    prepare: Callable[[], Prompt] | None
+    terms: Terms
+    level: int
+    future: Pending
+    ready: Ready | None = None
+    ticket: Ticket[Job] | None = None
+    counted: bool = True
+    gone: bool = False
+
+    def wanted(self, now: float) -> bool:
+        """Whether anybody still waits for it."""
+        return not self.future.unwanted and now < self.terms.deadline

@@ -1,0 +1,225 @@
+"""Runs batches of prompts through a model, with what they share computed once and what is known
+from earlier batches not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .batch import Packed, PieceLimits, pack
+from .cache import CacheCounts, PrefixCache, VisionCache
+from .config import ModelConfig
+from .metrics import Counters
+from .model import Model
+from .pixels import Patches
+from .plan import plan_shared
+from .prompt import Prompt
+from .scheduler import Cost, Media, Rates
+from .sharing import Keys, Numbers
+
+# On a CPU the products are at full speed from a few hundred rows on (csrc/gemm.cpp takes 384 at a
+# time), and a piece is what an urgent request waits for; a GPU wants more at once.
+_CPU_PIECES = PieceLimits(rows=768, pairs=1 << 23, patches=4096)
+_GPU_PIECES = PieceLimits(rows=1 << 14, pairs=1 << 28, patches=1 << 16)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What is computed once only.
+
+    Attributes:
+        prefixes: common beginnings, equal prompts and equal pictures within a batch.
+        cache_bytes: for beginnings across batches; needs ``prefixes``.
+        vision_cache_bytes: for pictures across batches.
+    """
+
+    prefixes: bool = True
+    cache_bytes: int = 0
+    vision_cache_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("cache_bytes", "vision_cache_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: use 0 to switch it off")
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A prompt with what the host threads found out about it.
+
+    Attributes:
+        keys: None where nothing is shared.
+        cost: what it takes on its own, and what of that others may have.
+        cached_vision: its pictures may come from the cache, and be put there.
+    """
+
+    prompt: Prompt
+    keys: Keys | None
+    cost: Cost
+    cached_vision: bool = True
+
+
+def work_rates(config: ModelConfig) -> Rates:
+    """What attention and the tower cost, by multiplications."""
+    text, vision = config.text, config.vision
+    heads = (text.num_heads + text.num_kv_heads) * text.head_dim
+    layer = text.hidden_size * (2 * heads + 3 * text.intermediate_size)
+    block = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+    decoder = layer * text.num_layers
+    return Rates(
+        pair=2 * text.num_heads * text.head_dim / layer,
+        patch=block * vision.depth / decoder,
+        patch_pair=2 * vision.hidden_size * vision.depth / decoder,
+    )
+
+
+class Runner:
+    """One model and its caches. :meth:`ready` is for any thread, the rest for one alone.
+
+    Attributes:
+        rates: what a batch's work is predicted with.
+        counters: of what was computed; the engine adds its own.
+    """
+
+    def __init__(self, model: Model, device: torch.device, sharing: Sharing) -> None:
+        self.model = model
+        self.rates = work_rates(model.config)
+        self._device = device
+        self._sharing = sharing
+        self._limits = _CPU_PIECES if device.type == "cpu" else _GPU_PIECES
+        self.reset()
+
+    def reset(self) -> None:
+        """Start with empty caches, and locks that nobody holds."""
+        self.counters = Counters()
+        self._numbers = Numbers()
+        self._prefixes = PrefixCache(self._sharing.cache_bytes)
+        self._vision = VisionCache(self._sharing.vision_cache_bytes)
+
+    def forget(self) -> None:
+        """Drop what the caches hold."""
+        self._prefixes.clear()
+        self._vision.clear()
+
+    @property
+    def counts(self) -> tuple[CacheCounts, CacheCounts]:
+        """Of the cache of beginnings and of that of pictures."""
+        return replace(self._prefixes.counts), replace(self._vision.counts)
+
+    def ready(self, prompt: Prompt, cached_vision: bool = True) -> Ready:
+        """Find out what a prompt may share, and what it costs."""
+        start = time.perf_counter()
+        share = self._sharing.prefixes
+        keys = Keys.of_prompt(prompt, self._numbers) if share else None
+        named = share or (cached_vision and self._vision.budget > 0)
+        media = tuple(
+            Media(m.digest if named else object(), len(m.pixels), m.grid[1] * m.grid[2])
+            for m in prompt.media
+        )
+        cost = Cost(len(prompt.ids), media, keys.prefixes() if keys else ())
+        self.counters.add_seconds("keys", time.perf_counter() - start)
+        return Ready(prompt, keys, cost, cached_vision)
+
+    def run(self, batch: Sequence[Ready]) -> Generator[None, None, NDArray[np.float32]]:
+        """Vectors ``[N, hidden_size]`` or scores ``[N]``; yields between pieces of the work."""
+        known = self._known_pictures(batch)
+        packed = self._pack(batch, known)
+        kept: list[Tensor] = [known[digest] for digest in packed.ready]
+        if packed.batch.vision is not None:
+            computed = yield from self._timed("vision", self.model.vision(packed.batch.vision))
+            self._keep_pictures(batch, packed.media, computed)
+        else:
+            computed = []
+        levels = _levels(kept, computed)
+        text = self.model.text(
+            packed.batch, levels, [r.layers for r in packed.plan.resident], packed.spans
+        )
+        output = yield from self._timed("text", text)
+        for index, layers in zip(packed.plan.keep, output.kept, strict=True):
+            segment = packed.plan.segments[index]
+            keys = batch[segment.prompt].keys
+            if keys is not None:
+                self._prefixes.insert(keys, segment.start, segment.stop, layers)
+        self._count(batch, packed)
+        return output.values.cpu().numpy()[packed.rows]
+
+    def _pack(self, batch: Sequence[Ready], known: dict[bytes, Tensor]) -> Packed:
+        keys = [ready.keys for ready in batch if ready.keys is not None]
+        plan = None
+        if self._sharing.prefixes:
+            plan = plan_shared(keys, self._prefixes if self._sharing.cache_bytes else None)
+        return pack(
+            [ready.prompt for ready in batch],
+            self.model.config.vision.spatial_merge_size,
+            self._device,
+            share=self._sharing.prefixes,
+            plan=plan,
+            limits=self._limits,
+            ready=known,
+        )
+
+    def _known_pictures(self, batch: Sequence[Ready]) -> dict[bytes, Tensor]:
+        if not self._vision.budget:
+            return {}
+        found = {}
+        for digest in {m.digest for r in batch if r.cached_vision for m in r.prompt.media}:
+            levels = self._vision.get(digest)
+            if levels is not None:
+                found[digest] = levels
+        return found
+
+    def _keep_pictures(
+        self, batch: Sequence[Ready], media: Sequence[Patches], levels: Sequence[Tensor]
+    ) -> None:
+        if not self._vision.budget:
+            return
+        wanted = {m.digest for r in batch if r.cached_vision for m in r.prompt.media}
+        start = 0
+        for patches in media:
+            stop = start + patches.num_tokens
+            if patches.digest in wanted:
+                self._vision.put(patches.digest, [level[start:stop] for level in levels])
+            start = stop
+
+    def _timed(self, stage: str, pieces: Generator[None, None, T]) -> Generator[None, None, T]:
+        """The same pieces; only the time within them is counted."""
+        while True:
+            start = time.perf_counter()
+            try:
+                next(pieces)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                self.counters.add_seconds(stage, time.perf_counter() - start)
+            yield
+
+    def _count(self, batch: Sequence[Ready], packed: Packed) -> None:
+        vision = packed.batch.vision
+        computed = 0 if vision is None else sum(len(m.pixels) for m in packed.media)
+        self.counters.add(
+            tokens=sum(ready.cost.tokens for ready in batch),
+            tokens_computed=len(packed.batch.ids),
+            tokens_cached=sum(r.length for r in packed.plan.resident),
+            patches=sum(m.patches for ready in batch for m in ready.cost.media),
+            patches_computed=computed,
+        )
+
+
+def _levels(kept: Sequence[Tensor], computed: Sequence[Tensor]) -> list[Tensor]:
+    """Visual rows, those from the cache first, for each level."""
+    if not kept:
+        return list(computed)
+    count = kept[0].shape[0]
+    return [
+        torch.cat([*(rows[level] for rows in kept), *([computed[level]] if computed else [])])
+        for level in range(count)
+    ]

@@ -1,0 +1,102 @@
+"""An engine around a stand-in for the model, for tests of everything but the model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from qvlfast.engine import Engine
+from qvlfast.pixels import Patches
+from qvlfast.prompt import Prompt
+from qvlfast.runner import Runner, Sharing
+from qvlfast.scheduler import Budget
+
+CPU = torch.device("cpu")
+
+
+def prompt(*ids: int, patches: int = 0) -> Prompt:
+    media = ()
+    if patches:
+        pixels = np.zeros((patches, 12), dtype=np.uint8)
+        media = (Patches(pixels, (1, 2, patches // 2), patches // 4),)
+    tokens = np.array(ids, dtype=np.int32)
+    positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
+    index = np.arange(patches // 4, dtype=np.int32)
+    return Prompt(tokens, positions, media, index)
+
+
+class StandIn:
+    """Answers each request with its last id; ids from 900 on break the batch they are in.
+
+    A batch is of two pieces. What breaks is told apart by id: 900 raises in the first piece, 901
+    runs out of memory, 902 does so once; 800 gives NaN.
+    """
+
+    config = SimpleNamespace(
+        vision=SimpleNamespace(
+            spatial_merge_size=2, hidden_size=1, intermediate_size=1, depth=1, deepstack_layers=()
+        ),
+        text=SimpleNamespace(
+            hidden_size=1, intermediate_size=1000, num_heads=1, num_kv_heads=1, head_dim=1,
+            num_layers=1,
+        ),
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.begun: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.faults = {902}
+
+    def vision(self, batch):
+        yield
+        return [torch.zeros(len(batch.positions[0]) // 4, 1)]
+
+    def text(self, batch, levels=(), resident=(), keep=()):
+        last = batch.ids[torch.from_numpy(batch.read)]
+        self.begun.append(last.tolist())
+        self.gate.wait(10)
+        self.batches.append(last.tolist())
+        self.break_down(batch.ids)
+        yield
+        values = last.float()
+        values[last == 800] = torch.nan
+        keys = torch.zeros(len(batch.ids), 1, 1)
+        return SimpleNamespace(
+            values=values[:, None].repeat(1, 3),
+            kept=tuple(((keys[span].clone(), keys[span].clone()),) for span in keep),
+        )
+
+    def break_down(self, ids: torch.Tensor) -> None:
+        if (ids == 900).any():
+            raise RuntimeError("bad batch")
+        if (ids == 901).any():
+            raise MemoryError
+        for fault in list(self.faults):
+            if (ids == fault).any():
+                self.faults.discard(fault)
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+def make_engine(
+    budget: Budget | None = None, sharing: Sharing | None = None, **options: Any
+) -> Engine:
+    runner = Runner(StandIn(), CPU, sharing or Sharing(prefixes=False))
+    options = {"host_threads": 2, **options}
+    return Engine(runner, budget or Budget(tokens=40, patches=64), **options)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for another thread to bring something about."""
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it did not come about in 10 s")
