@@ -265,6 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     dtype=options.dtype,
                     backend=options.backend,
                     quantization=None if form == "none" else form,
+                    # The same inputs come again and again: nothing may be known from before.
+                    cache_bytes=0,
+                    vision_cache_bytes=0,
                 )
             )
             for form in options.quantization
