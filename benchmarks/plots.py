@@ -104,6 +104,8 @@ def calls(rows: Sequence[Row]) -> Chart:
         return "bf16" if row["dtype"] == "bfloat16" else row["dtype"]
 
     rows = newest(rows, (*CPU, "case", "quantization", "backend"))
+    # One scale, so that machines and peers can be compared.
+    scale = Scale(linear([float(row["speedup"]) for row in rows]), "×", mark=1.0)
     panels = []
     for setting in grouped(rows, CPU).values():
         groups: dict[str, list[Bar]] = {}
@@ -114,7 +116,6 @@ def calls(rows: Sequence[Row]) -> Chart:
                 for name, row in by_format(several, form)
             ]
         one = setting[0]
-        scale = Scale(linear([float(r["speedup"]) for r in setting]), "×", mark=1.0)
         axis = f"times as fast as {one['peer']} in {one['dtype']} (1×, dashed); more is better"
         column = Column("", axis, scale, groups)
         panels.append(Panel(f"Shape {one['shape']}, {where(one)}", (column,)))
