@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks.checkpoints import write_checkpoint
-from qvlfast import _C, Embedder
+from qvlfast import _C, Embedder, Quantization
 from qvlfast.prompt import Prompt
 
-from .records import RESULTS, append, commit, machine
+from .records import RESULTS, SETTLE, append, commit, machine
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ class Row:
     machine: str
     torch: str
     commit: str
+
+
+def plan_of(form: str) -> Quantization | None:
+    """``none``, a format, or with ``+vision`` one for the vision blocks too."""
+    if form == "none":
+        return None
+    return Quantization(form.removesuffix("+vision"), vision=form.endswith("+vision"))
 
 
 def text_of(embedder: Embedder, tokens: int, seed: int) -> str:
@@ -180,6 +187,7 @@ PEERS: dict[str, Callable[[Path, torch.dtype], Peer]] = {
 
 
 def seconds(work: Callable[[Any], Any], argument: Any) -> float:
+    time.sleep(SETTLE)
     start = time.perf_counter()
     work(argument)
     return time.perf_counter() - start
@@ -264,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     model,
                     dtype=options.dtype,
                     backend=options.backend,
-                    quantization=None if form == "none" else form,
+                    quantization=plan_of(form),
                     # The same inputs come again and again: nothing may be known from before.
                     cache_bytes=0,
                     vision_cache_bytes=0,

@@ -30,7 +30,7 @@ from qvlfast.backends.native import NativeOps
 from qvlfast.ops import Forest, Linear, Ops, QuantisedRows, Rows
 
 from .limits import measure
-from .records import RESULTS, append, commit, machine
+from .records import RESULTS, SETTLE, append, commit, machine
 
 # (N, K) of the linears, by model and name.
 SHAPES = {
@@ -92,12 +92,14 @@ def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: in
     ours(), peer()
 
     def times(work: Callable[[], object], repeats: int) -> float:
+        time.sleep(SETTLE)
+        work()
         begun = time.perf_counter()
         for _ in range(repeats):
             work()
         return (time.perf_counter() - begun) / repeats
 
-    repeats = [max(1, round(0.02 / max(times(work, 1), 1e-6))) for work in (ours, peer)]
+    repeats = [max(1, round(0.05 / max(times(work, 1), 1e-6))) for work in (ours, peer)]
     pairs = [(times(ours, repeats[0]), times(peer, repeats[1])) for _ in range(rounds)]
     return Timed(
         statistics.median(a for a, _ in pairs),

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+# Seconds before one engine is timed after another: threads that OpenMP keeps spinning after its
+# last work would take a core from it.
+SETTLE = 0.05
 
 
 def commit() -> str:

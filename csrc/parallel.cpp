@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <exception>
@@ -21,9 +22,9 @@
 namespace qvlfast {
 namespace {
 
-// About 20 to 60 µs: longer than the gap between two kernels of one forward pass, and short
-// enough that an idle server does not show up in `top`.
-constexpr int kSpins = 1000;
+// Longer than the gap between two kernels of one forward pass, since waking a thread can take as
+// long as a small kernel, and short enough that an idle server does not show up in `top`.
+constexpr std::chrono::microseconds kSpinTime(200);
 
 void spin_pause() {
 #if defined(__x86_64__)
@@ -31,6 +32,21 @@ void spin_pause() {
 #elif defined(__aarch64__)
   __asm__ volatile("isb");
 #endif
+}
+
+// Waits for a short time until `done`; whether it came.
+template <class Done>
+bool spin_until(Done done) {
+  const auto end = std::chrono::steady_clock::now() + kSpinTime;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (done()) {
+        return true;
+      }
+      spin_pause();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return done();
 }
 
 // True while this thread runs a piece, so that a nested call runs in line.
@@ -98,12 +114,10 @@ class Pool {
       const std::lock_guard<std::mutex> lock(mutex_);
       jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
     }
-    for (int i = 0; i < kSpins && job.workers.load(std::memory_order_acquire) != 0; ++i) {
-      spin_pause();
-    }
-    if (job.workers.load(std::memory_order_acquire) != 0) {
+    const auto all_left = [&] { return job.workers.load(std::memory_order_acquire) == 0; };
+    if (!spin_until(all_left)) {
       std::unique_lock<std::mutex> lock(mutex_);
-      job_left_.wait(lock, [&] { return job.workers.load(std::memory_order_acquire) == 0; });
+      job_left_.wait(lock, all_left);
     }
   }
 
@@ -168,13 +182,14 @@ class Pool {
       }
       const uint64_t seen = epoch_.load(std::memory_order_acquire);
       lock.unlock();
-      for (int i = 0; i < kSpins && epoch_.load(std::memory_order_acquire) == seen; ++i) {
-        spin_pause();
-      }
+      const auto called = [&] { return epoch_.load(std::memory_order_acquire) != seen; };
+      const bool is_called = spin_until(called);
       lock.lock();
-      ++sleeping_;
-      job_added_.wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
-      --sleeping_;
+      if (!is_called) {
+        ++sleeping_;
+        job_added_.wait(lock, called);
+        --sleeping_;
+      }
     }
     --workers_;
   }

@@ -46,13 +46,16 @@ inline I splat_four(const uint8_t* x) {
   return splat(four);
 }
 
+// Rows that go through all of K at once, so that their weights come from memory once.
+constexpr int kFewRows = 16;
+
 // c [R][P · 16] += x · P panels; a step is 4 bytes of a row and 64 of each panel.
 template <int R, int P, class Op>
 inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int64_t pitch,
                      int64_t steps, int32_t* c, int64_t c_stride) {
   using Sum = typename Op::Sum;
   Sum sums[R][P];
-#pragma GCC unroll 12
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
@@ -63,9 +66,12 @@ inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int6
     I weights[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
+      if constexpr (R != kRowGroup) {
+        __builtin_prefetch(w + p * pitch + kAhead);
+      }
       weights[p] = load_as<I>(w + p * pitch);
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const I value = splat_four(x + r * row_bytes);
 #pragma GCC unroll 4
@@ -74,7 +80,7 @@ inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int6
       }
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
@@ -83,7 +89,7 @@ inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int6
   }
 }
 
-template <class Op, int R = kRowGroup>
+template <class Op, int R = kFewRows>
 inline void dot_group(int64_t rows, const uint8_t* x, int64_t row_bytes, const uint8_t* w,
                       int64_t pitch, int64_t panels, int64_t steps, int32_t* c, int64_t c_stride) {
   if constexpr (R > 1) {
@@ -92,7 +98,7 @@ inline void dot_group(int64_t rows, const uint8_t* x, int64_t row_bytes, const u
       return;
     }
   }
-  constexpr int P = R <= 6 ? 4 : 2;
+  constexpr int P = R <= 6 ? 4 : R <= kRowGroup ? 2 : 1;
   int64_t p = 0;
   for (; p + P <= panels; p += P) {
     dot_tile<R, P, Op>(x, row_bytes, w + p * pitch, pitch, steps, c + p * kPanel, c_stride);
@@ -108,18 +114,19 @@ inline void dot_block(const BlockArgs& a) {
   const int64_t columns = a.panels * kPanel;
   const int64_t pitch = a.weight->panel_bytes;
   const int64_t all_steps = pitch / 64;
-  const int64_t inner = a.rows <= kRowGroup ? all_steps : 256;  // 16 KB of a panel
-  const int64_t at_once = a.rows <= kRowGroup ? a.panels : 2;
+  const bool few = a.rows <= kFewRows;
+  const int64_t inner = few ? all_steps : 256;  // 16 KB of a panel
+  const int64_t at_once = few ? a.panels : 2;
+  const int64_t group = few ? a.rows : kRowGroup;
   const auto* x = static_cast<const uint8_t*>(a.x);
   auto* c = reinterpret_cast<int32_t*>(a.c);
   for (int64_t i = 0; i < all_steps; i += inner) {
     const int64_t steps = std::min(inner, all_steps - i);
     for (int64_t p = 0; p < a.panels; p += at_once) {
-      for (int64_t r = 0; r < a.rows; r += kRowGroup) {
-        dot_group<Op>(std::min<int64_t>(kRowGroup, a.rows - r), x + r * a.row_bytes + 4 * i,
-                      a.row_bytes, a.weight->panel(a.panel + p) + 64 * i, pitch,
-                      std::min(at_once, a.panels - p), steps, c + r * columns + p * kPanel,
-                      columns);
+      for (int64_t r = 0; r < a.rows; r += group) {
+        dot_group<Op>(std::min(group, a.rows - r), x + r * a.row_bytes + 4 * i, a.row_bytes,
+                      a.weight->panel(a.panel + p) + 64 * i, pitch, std::min(at_once, a.panels - p),
+                      steps, c + r * columns + p * kPanel, columns);
       }
     }
   }
