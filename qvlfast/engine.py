@@ -31,6 +31,7 @@ from .prompt import Prompt
 from .request import DEFAULT_TERMS, Answer, Job, Pending, Terms, Usage
 from .runner import Ready, Runner
 from .scheduler import LEVELS, Budget, Planned, Scheduler
+from .turns import turns_of
 
 # Prepared pixels that may wait for the model; beyond it the host threads pause. One patch of a
 # still is 768 bytes, so this is about 200 MB.
@@ -51,6 +52,8 @@ class _NotWantedError(Exception):
 
 class Engine:
     """Runs requests through a model. Thread-safe; its threads start at the first request.
+
+    Engines of one device take turns, a piece of a batch at a time.
 
     Args:
         runner: the model, and what runs batches through it.
@@ -87,6 +90,7 @@ class Engine:
         self._host: HostPool[Job] | None = None
         self._thread: threading.Thread | None = None
         self._seconds = 0.0  # that batches took which ran between pieces of another
+        self._turns = turns_of(str(self._runner.device))
 
     @property
     def model(self) -> Model:
@@ -325,7 +329,8 @@ class Engine:
         pieces = self._runner.run([job.ready for job in jobs if job.ready is not None])
         with contextlib.closing(pieces):
             while True:
-                result = _next(pieces)
+                with self._turns.take(planned.level):
+                    result = _next(pieces)
                 if result is not None:
                     return result
                 now = time.monotonic()

@@ -88,12 +88,13 @@ class Runner:
     Attributes:
         rates: what a batch's work is predicted with.
         counters: of what was computed; the engine adds its own.
+        device: where the model is.
     """
 
     def __init__(self, model: Model, device: torch.device, sharing: Sharing) -> None:
         self.model = model
         self.rates = work_rates(model.config)
-        self._device = device
+        self.device = device
         self._sharing = sharing
         self._limits = _CPU_PIECES if device.type == "cpu" else _GPU_PIECES
         self.reset()
@@ -160,7 +161,7 @@ class Runner:
         return pack(
             [ready.prompt for ready in batch],
             self.model.config.vision.spatial_merge_size,
-            self._device,
+            self.device,
             share=self._sharing.prefixes,
             plan=plan,
             limits=self._limits,
