@@ -4,7 +4,8 @@ One model, random weights unless ``--model`` names a checkpoint, behind two engi
 everything shared and cached, one without. Rounds alternate between the two, and the medians of a
 case and of its ratios are kept, because machines are shared and their speed drifts. Times are those
 of whole calls, preprocessing included; caches are empty at the start of each, except in the cases
-called "again". ``interactive`` and ``queue`` measure the scheduler alone, see there.
+called "again": there the query is known, and each call has a document of its own, because answers
+are kept, too. ``interactive`` and ``queue`` measure the scheduler alone, see there.
 ``--peer transformers`` adds the official recipe for reranking, see benchmarks.pairwise: it is slow.
 """
 
@@ -95,10 +96,14 @@ def pair(loaded: Reranker, sharing: Sharing, stack: ExitStack) -> Pair:
     return Pair(Embedder(around(pooler)), Reranker(around(scorer)))
 
 
-def text(loaded: Reranker, tokens: int, seed: int) -> str:
+def words(tokens: int, seed: int) -> str:
     """A text of so many tokens: each word is one."""
-    chosen = np.random.default_rng(seed).choice(WORDS, tokens)
-    made = " " + " ".join(chosen)
+    return " " + " ".join(np.random.default_rng(seed).choice(WORDS, tokens))
+
+
+def text(loaded: Reranker, tokens: int, seed: int) -> str:
+    """:func:`words`, and a look at whether the tokenizer agrees."""
+    made = words(tokens, seed)
     length, empty = (len(loaded._prepare_pair(("q", d), None).ids) for d in (made, ""))
     assert length - empty == tokens
     return made
@@ -124,6 +129,7 @@ def cases(loaded: Reranker, side: int) -> dict[str, Callable[[Pair], Any]]:
     tasks = ["Retrieve", "Classify this", "Find texts that say the same", "Name the topic of this"]
     mixed = [{"text": t, "instruction": tasks[i % 4]} for i, t in enumerate(texts)]
     twice = [{"image": picture(side // 2, i % 8)} for i in range(16)]
+    seeds = count(1000)
 
     def one_by_one(p: Pair) -> None:
         for item in twice:
@@ -136,7 +142,9 @@ def cases(loaded: Reranker, side: int) -> dict[str, Callable[[Pair], Any]]:
         "64 x 12 tokens, 4 instructions": lambda p: p.embedder.encode(mixed),
         "16 pictures, half repeated, one call": lambda p: p.embedder.encode(twice),
         "16 pictures, half repeated, a call each": one_by_one,
-        "rerank, picture query, 1 x 100, again": lambda p: p.reranker.rank(query, short[:1]),
+        "rerank, picture query, 1 x 100, again": lambda p: p.reranker.rank(
+            query, [words(100, next(seeds))]
+        ),
     }
 
 
@@ -208,39 +216,45 @@ def queue() -> Iterator[tuple[str, str, float, float]]:
 def interactive(
     loaded: Reranker, on: Pair, requests: int
 ) -> Iterator[tuple[str, str, float, float]]:
-    """Single texts that come at random, at 40% of what the model can do, beside a bulk job.
+    """Single texts that come at random, at 40% of what the model can do, beside a bulk job. Each
+    is another one, or it would be answered from the cache.
 
     ``on`` is the 99th percentile of their times with the bulk job and ``off`` without it, in
     seconds, so that the ratio is below 1. Then the tokens a second of the bulk job beside them, and
     as ``off`` alone, times the part of the time that they leave.
     """
-    short = text(loaded, 12, 5)
-    on.embedder.encode(short)
+    first, *warm = (text(loaded, 12, 1000 + i) for i in range(11))
+    quiet, busy = (
+        [text(loaded, 12, seed + i) for i in range(requests)] for seed in (1 << 20, 1 << 21)
+    )
+    on.embedder.encode(first)
     alone = []
-    for _ in range(10):
+    for short in warm:
         start = time.perf_counter()
         on.embedder.encode(short)
         alone.append(time.perf_counter() - start)
     gaps = np.random.default_rng(0).exponential(statistics.median(alone) / 0.4, requests)
 
-    def trace() -> float:
+    def trace(texts: Sequence[str]) -> float:
         times: list[float] = []
 
-        def ask() -> None:
+        def ask(short: str) -> None:
             start = time.perf_counter()
             on.embedder.encode(short, priority="interactive")
             times.append(time.perf_counter() - start)
 
         threads = []
-        for gap in gaps:
+        for gap, short in zip(gaps, texts, strict=True):
             time.sleep(gap)
-            threads.append(threading.Thread(target=ask))
+            threads.append(threading.Thread(target=ask, args=(short,)))
             threads[-1].start()
         for thread in threads:
             thread.join()
         return float(np.percentile(times, 99))
 
-    without = trace()
+    before = on.computed()
+    without = trace(quiet)
+    own = (on.computed() - before) / float(gaps.sum())
     ended = threading.Event()
     endless = (text(loaded, 100, i) for i in count())
 
@@ -261,11 +275,10 @@ def interactive(
     time.sleep(2 * sum(alone))
     bulk_alone = rate(lambda: time.sleep(max(5.0, float(gaps.sum()))))
     beside: list[float] = []
-    both = rate(lambda: beside.append(trace()))
+    both = rate(lambda: beside.append(trace(busy)))
     ended.set()
     thread.join()
     yield "interactive, p99 beside a bulk job", "s", beside[0], without
-    own = requests * len(on.embedder._prepare(short, None).ids) / float(gaps.sum())
     yield "bulk job beside interactive", "tokens/s", both - own, 0.6 * bulk_alone
 
 

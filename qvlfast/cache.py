@@ -1,14 +1,17 @@
-"""What is kept from batch to batch under a budget of bytes: beginnings of prompts, and pictures.
+"""What is kept from batch to batch under a budget of bytes: beginnings of prompts, pictures, and
+answers.
 
-Both caches are exact: a beginning is found by its tokens and its pictures' pixels, a picture by a
-cryptographic hash of its pixels. Neither is thread-safe: the engine's thread alone uses them.
+All three are exact: a beginning is found by its tokens and its pictures' pixels, a picture by a
+cryptographic hash of its pixels, an answer by one of the whole prompt. None is thread-safe: the
+engine's thread alone uses them.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +28,11 @@ KeysValues = tuple[Tensor, Tensor]
 _SEEN, _SEEN_OF_BATCH, _SEEN_TOKENS = 32, 4, 4096
 # The part of a budget that entries used once only cannot take from those used again.
 _PROTECTED = 0.8
+# What Python and numpy take for an entry beside the answer's own bytes: for a score that is nearly
+# all of it. Measured, rounded.
+_ANSWER_OVERHEAD = 256
+
+Value = TypeVar("Value", Tensor, NDArray[np.float32])
 
 
 @dataclass
@@ -32,7 +40,7 @@ class CacheCounts:
     """How a cache does.
 
     Attributes:
-        hits, misses: look-ups, one for each picture or prompt.
+        hits, misses: look-ups, one for each picture of a batch or each prompt.
         evictions: entries dropped for want of room.
         bytes: held now.
         entries: held now.
@@ -199,59 +207,102 @@ class PrefixCache:
         self.counts.entries -= 1
 
 
-class VisionCache:
-    """What the vision tower made of pictures and videos, by digest.
-
-    The least recently used goes first; one that was used again outlives those used once, so that
-    a long run of pictures that never come back does not drive it out.
+class _DigestCache(Generic[Value]):
+    """Values by digest. The least recently used goes first; one that was used again outlives those
+    used once, so that a long run of what never comes back does not drive it out.
 
     Args:
         budget: bytes; 0 keeps nothing.
+        overhead: bytes that an entry takes beside its value.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, overhead: int = 0) -> None:
         self.budget = budget
         self.counts = CacheCounts()
+        self._overhead = overhead
         self.clear()
 
     def clear(self) -> None:
         """Drop everything."""
-        self._once: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._again: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._once: OrderedDict[bytes, Value] = OrderedDict()
+        self._again: OrderedDict[bytes, Value] = OrderedDict()
         self._protected = 0
         self.counts.bytes = self.counts.entries = 0
 
-    def get(self, digest: bytes) -> Tensor | None:
-        """``[1 + deepstack levels, tokens, hidden_size]``, or None."""
+    def _find(self, digest: bytes) -> Value | None:
+        """Look one up, and count that."""
         if digest in self._again:
             self._again.move_to_end(digest)
             found = self._again[digest]
         elif digest in self._once:
             found = self._again[digest] = self._once.pop(digest)
-            self._protected += found.nbytes
+            self._protected += self._size(found)
             while self._protected > _PROTECTED * self.budget and len(self._again) > 1:
-                oldest, tensor = self._again.popitem(last=False)
-                self._protected -= tensor.nbytes
-                self._once[oldest] = tensor
+                oldest, value = self._again.popitem(last=False)
+                self._protected -= self._size(value)
+                self._once[oldest] = value
         else:
             self.counts.misses += 1
             return None
         self.counts.hits += 1
         return found
 
-    def put(self, digest: bytes, levels: Sequence[Tensor]) -> None:
-        """Keep the rows of one picture, copied, if they fit the budget."""
-        wanted = sum(level.nbytes for level in levels)
+    def _keep(self, digest: bytes, nbytes: int, make: Callable[[], Value]) -> None:
+        """Keep what ``make`` returns, of ``nbytes``, if it fits the budget and is not there."""
+        wanted = nbytes + self._overhead
         if wanted > self.budget or digest in self._once or digest in self._again:
             return
         while self.counts.bytes + wanted > self.budget:
             line = self._once or self._again
             _, gone = line.popitem(last=False)
             if line is self._again:
-                self._protected -= gone.nbytes
-            self.counts.bytes -= gone.nbytes
+                self._protected -= self._size(gone)
+            self.counts.bytes -= self._size(gone)
             self.counts.entries -= 1
             self.counts.evictions += 1
-        self._once[digest] = torch.stack(list(levels))
+        self._once[digest] = make()
         self.counts.bytes += wanted
         self.counts.entries += 1
+
+    def _size(self, value: Value) -> int:
+        return value.nbytes + self._overhead
+
+
+class VisionCache(_DigestCache[Tensor]):
+    """What the vision tower made of pictures and videos, by :attr:`qvlfast.pixels.Patches.digest`.
+
+    Args:
+        budget: bytes; 0 keeps nothing.
+    """
+
+    def get(self, digest: bytes) -> Tensor | None:
+        """``[1 + deepstack levels, tokens, hidden_size]``, or None."""
+        return self._find(digest)
+
+    def put(self, digest: bytes, levels: Sequence[Tensor]) -> None:
+        """Keep the rows of one picture, copied, if they fit the budget."""
+        nbytes = sum(level.nbytes for level in levels)
+        self._keep(digest, nbytes, lambda: torch.stack(list(levels)))
+
+
+class AnswerCache(_DigestCache[NDArray[np.float32]]):
+    """What the model answered, by :attr:`qvlfast.prompt.Prompt.digest`: vectors or scores, before
+    they are cut or scaled for a caller.
+
+    Args:
+        budget: bytes; 0 keeps nothing.
+    """
+
+    def __init__(self, budget: int) -> None:
+        super().__init__(budget, _ANSWER_OVERHEAD)
+
+    def get(self, digest: bytes) -> NDArray[np.float32] | None:
+        """``[hidden_size]`` or ``[]``, the caller's own; or None."""
+        found = self._find(digest)
+        return None if found is None else found.copy()
+
+    def put(self, digest: bytes, value: NDArray[np.float32]) -> None:
+        """Keep an answer, copied, if it fits the budget. One that is not finite is an error of its
+        request, and not kept."""
+        if np.isfinite(value).all():
+            self._keep(digest, value.nbytes, lambda: np.array(value))

@@ -103,7 +103,8 @@ class Embedder:
             share_prefixes: compute common beginnings, equal inputs and equal pictures of a batch
                 once; vectors are the same to rounding.
             cache_bytes: memory for keys and values of beginnings that come again in later
-                batches, such as an instruction or a rerank query; 0 keeps none.
+                batches, such as an instruction or a rerank query, and, a sixteenth of it, for
+                answers to inputs that come again; 0 keeps none. Needs ``share_prefixes``.
             vision_cache_bytes: memory for what the vision tower made of pictures; 0 keeps none.
             queue_tokens: waiting work from which on new requests are refused with
                 :class:`QueueFull`, in tokens; None takes all. Calls of this class wait instead.
@@ -193,7 +194,8 @@ class Embedder:
             client: whose turn it takes; None: each call is a client of its own.
             timeout: seconds for the whole call; items not answered by then fail with
                 :class:`DeadlineError`, and cost nothing if they have not begun.
-            vision_cache: pictures may be taken from the vision cache and put there.
+            vision_cache: pictures, and answers to inputs with pictures, may be taken from a cache
+                and kept.
 
         Returns:
             ``[N, D]`` in the order of ``inputs``, ``[D]`` for a single input; or :class:`Encoded`.

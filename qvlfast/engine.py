@@ -134,7 +134,7 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """Counters and gauges as they are now."""
-        prefixes, vision = self._runner.counts
+        caches: dict[str, Any] = {**self._runner.counts}
         with self._lock:
             scheduler = self._scheduler
             values: dict[str, Any] = self._runner.counters.values()
@@ -145,8 +145,7 @@ class Engine:
                 waiting_work=scheduler.waiting_work,
                 oldest_wait=scheduler.age(time.monotonic()),
                 budget_tokens=scheduler.budget.tokens,
-                prefix_cache=prefixes,
-                vision_cache=vision,
+                **caches,
             )
 
     def close(self) -> None:
@@ -247,15 +246,17 @@ class Engine:
             return
         before, start = self._seconds, time.perf_counter()
         try:
-            self._run(running, planned)
+            planned = self._answer_known(running, planned)
+            self._run(planned.jobs, planned)
         except BaseException as error:
             for job in running:
                 self._fail(job, error)
         took = time.perf_counter() - start
-        own = took - (self._seconds - before) if running else 0.0
+        own = took - (self._seconds - before)
         self._seconds = before + took
-        with self._lock:
-            self._scheduler.finished(planned, time.monotonic(), own)
+        if planned.jobs:  # otherwise there was no work, whose speed this could be
+            with self._lock:
+                self._scheduler.finished(planned, time.monotonic(), own)
 
     def _take(self, above: int, most: float) -> tuple[Planned[Job] | None, list[Job]]:
         """The next batch, and those of its jobs that are still wanted."""
@@ -264,7 +265,6 @@ class Engine:
             now = time.monotonic()
             planned = self._scheduler.pop(now, above=above, most=most)
             expired = self._scheduler.expired(now)
-            budget = self._scheduler.budget
             for job in planned.jobs if planned else ():
                 if job.future.set_running_or_notify_cancel():
                     running.append(job)
@@ -272,11 +272,29 @@ class Engine:
                     self._runner.counters.add(cancelled=1)
         for job in expired:
             self._fail(job, DeadlineError(_LATE))
-        if planned is not None:
-            self._runner.counters.add_batch(min(1.0, planned.tokens / budget.tokens))
         if planned is not None or expired:
             self._made_room()
         return planned, running
+
+    def _answer_known(self, jobs: Sequence[Job], planned: Planned[Job]) -> Planned[Job]:
+        """Answer what an earlier batch has; the batch that is left to run."""
+        left = []
+        for job in jobs:
+            ready = job.ready
+            if ready is None:
+                continue
+            value = self._runner.known(ready)
+            if value is None:
+                left.append((job, ready.cost))
+            else:
+                self._answer(job, value)
+        with self._lock:
+            if len(left) < len(planned.jobs):
+                planned = self._scheduler.remainder(planned, left)
+            most = self._scheduler.budget.tokens
+        if left:
+            self._runner.counters.add_batch(min(1.0, planned.tokens / most))
+        return planned
 
     def _made_room(self) -> None:
         """Fewer pixels wait: host threads may go on."""

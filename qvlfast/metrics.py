@@ -23,15 +23,15 @@ class Metrics:
         waiting: requests that wait for the model.
         waiting_work: what they will cost, attention and pictures included.
         oldest_wait: seconds that the oldest of them has been waiting.
-        batches: forward passes.
+        batches: forward passes; what is answered from the cache is in none.
         batch_fill: their predicted tokens as a part of the budget, on average.
         budget_tokens: tokens of a batch at most, now; lower after memory ran out.
         memory_faults: batches that ran out of memory.
         tokens, tokens_computed: of all prompts, and what went through the decoder.
-        tokens_cached: of those not computed, found in the cache; the others were shared within
-            their batch.
+        tokens_cached: of those not computed, found in a cache, as a beginning or with the answer;
+            the others were shared within their batch.
         patches, patches_computed: the same for pictures and videos.
-        prefix_cache, vision_cache: see :class:`qvlfast.cache.CacheCounts`.
+        prefix_cache, vision_cache, answer_cache: see :class:`qvlfast.cache.CacheCounts`.
         stage_seconds: time in ``prepare`` (all host threads together), ``vision``, ``text``.
         keys_seconds: the part of ``prepare`` that was hashing for shared beginnings.
     """
@@ -58,6 +58,7 @@ class Metrics:
     patches_computed: int = 0
     prefix_cache: CacheCounts = field(default_factory=CacheCounts)
     vision_cache: CacheCounts = field(default_factory=CacheCounts)
+    answer_cache: CacheCounts = field(default_factory=CacheCounts)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     keys_seconds: float = 0.0
 

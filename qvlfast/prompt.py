@@ -7,6 +7,7 @@ frame pair, and it is repeated as often as there are merged patches once it is a
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -48,6 +49,17 @@ class Prompt:
     media: tuple[Patches, ...]
     visual_index: np.ndarray
     truncated_tokens: int = 0
+
+    @property
+    def digest(self) -> bytes:
+        """A cryptographic hash of the ids and of the media and their places: equal only for prompts
+        that the model cannot tell apart."""
+        whole = hashlib.blake2b(digest_size=32)
+        parts = (self.ids.tobytes(), self.visual_index.tobytes(), *(m.digest for m in self.media))
+        for part in parts:
+            whole.update(len(part).to_bytes(8, "little"))
+            whole.update(part)
+        return whole.digest()
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Terms:
         client: who asks: those of one level take turns.
         deadline: when the answer is no longer wanted, on the clock of ``time.monotonic``.
         batch_tokens: a lower token budget for the batch that it will be in; None: the engine's.
-        vision_cache: its pictures may be taken from the vision cache and put there.
+        vision_cache: its pictures, and the answer if it has any, may be kept and found again.
     """
 
     priority: str = "normal"

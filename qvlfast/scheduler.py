@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -289,6 +289,13 @@ class Scheduler(Generic[Job]):
         self._served[level] = now
         return forming.batch
 
+    def remainder(self, batch: Planned[Job], left: Sequence[tuple[Job, Cost]]) -> Planned[Job]:
+        """A batch of which only these jobs are left, and what they cost on their own."""
+        forming = _Forming[Job](self, batch.level)
+        for job, cost in left:
+            forming.put(job, cost, *forming.needs(cost))
+        return forming.batch
+
     def finished(self, batch: Planned[Job], now: float, seconds: float) -> None:
         """Note that a batch is done: ``seconds`` it took, those of others in between left out."""
         self._served[batch.level] = now
@@ -374,16 +381,8 @@ class _Forming(Generic[Job]):
 
     def fits(self, ticket: Ticket[Job], most: float) -> bool:
         """Whether there is room for it; anything has room in an empty batch."""
-        cost, batch, budget = ticket.cost, self.batch, self._scheduler.budget
-        shared = next((n for h, n in reversed(cost.prefixes) if h in self._prefixes), 0)
-        known = max(0, shared - _NOT_SHARED)
-        new = {m.key: m for m in cost.media if m.key not in self._media}.values()
-        tokens = cost.tokens - known
-        patches = sum(m.patches for m in new)
-        work = self._scheduler._work(cost.tokens, known) + sum(
-            map(self._scheduler._media_work, new)
-        )
-        self._extra = (tokens, patches, work)
+        batch, budget = self.batch, self._scheduler.budget
+        tokens, patches, work = self._extra = self.needs(ticket.cost)
         if batch.work + work > most:
             return False
         return not batch.jobs or (
@@ -394,14 +393,26 @@ class _Forming(Generic[Job]):
 
     def add(self, ticket: Ticket[Job]) -> float:
         """Put in what :meth:`fits` was last asked about; returns the work that it adds."""
-        tokens, patches, work = self._extra
-        batch = self.batch
         if ticket.job is not None:
-            batch.jobs.append(ticket.job)
-        batch.tokens += tokens
-        batch.patches += patches
-        batch.work += work
+            self.put(ticket.job, ticket.cost, *self._extra)
         self._limit = min(self._limit, ticket.batch_tokens)
-        self._prefixes.update(h for h, _ in ticket.cost.prefixes)
-        self._media.update(m.key for m in ticket.cost.media)
-        return work
+        return self._extra[2]
+
+    def needs(self, cost: Cost) -> tuple[int, int, float]:
+        """Tokens, patches and work that a request adds to the batch."""
+        shared = next((n for h, n in reversed(cost.prefixes) if h in self._prefixes), 0)
+        known = max(0, shared - _NOT_SHARED)
+        new = {m.key: m for m in cost.media if m.key not in self._media}.values()
+        work = self._scheduler._work(cost.tokens, known) + sum(
+            map(self._scheduler._media_work, new)
+        )
+        return cost.tokens - known, sum(m.patches for m in new), work
+
+    def put(self, job: Job, cost: Cost, tokens: int, patches: int, work: float) -> None:
+        """Put in a request that adds this."""
+        self.batch.jobs.append(job)
+        self.batch.tokens += tokens
+        self.batch.patches += patches
+        self.batch.work += work
+        self._prefixes.update(h for h, _ in cost.prefixes)
+        self._media.update(m.key for m in cost.media)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qvlfast import Embedder, Reranker
 from qvlfast.engine import Engine
 from qvlfast.pixels import Patches
 from qvlfast.prompt import Prompt
@@ -91,6 +92,11 @@ def make_engine(
     runner = Runner(StandIn(), CPU, sharing or Sharing(prefixes=False))
     options = {"host_threads": 2, **options}
     return Engine(runner, budget or Budget(tokens=40, patches=64), **options)
+
+
+def forget_answers(loaded: Embedder | Reranker) -> None:
+    """So that a repeated call is computed, with the beginnings and pictures that are kept."""
+    loaded._runtime.engine._runner._answers.clear()
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -26,7 +26,9 @@ from tests.stand_in import until
 
 @pytest.fixture(scope="module")
 def embedder(tiny_checkpoint: Path) -> Iterator[Embedder]:
-    with Embedder.from_pretrained(tiny_checkpoint, max_length=20_000, queue_tokens=2000) as made:
+    # Without a cache: what takes long must do so in each test.
+    options = {"max_length": 20_000, "queue_tokens": 2000, "cache_bytes": 0}
+    with Embedder.from_pretrained(tiny_checkpoint, **options) as made:
         yield made
 
 

@@ -16,6 +16,7 @@ from qvlfast import BackendError, Embedder, Reranker
 from qvlfast.batch import PieceLimits, cut_windows, group_frames
 from qvlfast.ops import Forest, Ops
 from tests.samples import frames, picture
+from tests.stand_in import forget_answers
 
 # Smaller than most of the inputs, so that layers are cut where lengths are odd.
 SMALL_PIECES = PieceLimits(rows=37, pairs=1500, patches=30)
@@ -68,9 +69,15 @@ def test_equal_bits(
         if pieces:
             embedder._runtime.engine._runner._limits = pieces
         for batch_tokens in (None, 300):
+            forget_answers(embedder)
             order = rng.permutation(len(items))
             got = embedder.encode([items[i] for i in order], batch_tokens=batch_tokens)
             assert np.array_equal(got, plain[order])
+        before = embedder.metrics()
+        assert np.array_equal(embedder.encode(items), plain)
+        after = embedder.metrics()
+        assert after.answer_cache.hits - before.answer_cache.hits == len(items)
+        assert after.tokens_computed == before.tokens_computed
         assert embedder.metrics().prefix_cache.hits and embedder.metrics().vision_cache.hits
 
 
@@ -85,6 +92,7 @@ def test_equal_scores(folder: Path, options: dict[str, Any]) -> None:
     ):
         alone = plain.predict(pairs, batch_tokens=1)
         for batch_tokens in (None, 300):
+            forget_answers(sharing)
             assert np.array_equal(sharing.predict(pairs, batch_tokens=batch_tokens), alone)
 
 

@@ -309,3 +309,35 @@ def test_tickets_that_left_out_of_turn_are_forgotten() -> None:
 def test_bad_budget(tokens: int, patches: int) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         Budget(tokens, patches)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.booleans(), st.booleans()), min_size=1, max_size=12),
+    st.sampled_from([0, 4]),
+)
+def test_what_is_left_of_a_batch_costs_what_it_would_alone(
+    made: list[tuple[int, bool, bool]], picture: int
+) -> None:
+    """Each request has a length, perhaps a beginning and a picture of all, and stays or not."""
+    scheduler: Scheduler[int] = Scheduler(Budget(), RATES)
+    media = (Media("one", picture, picture),) if picture else ()
+    costs = [
+        Cost(20 + n, media, ((1, 20),) if shared else ((2 + i, 20),))
+        for i, (n, shared, _) in enumerate(made)
+    ]
+
+    def batch_of(jobs: list[int]) -> Planned[int]:
+        for i in jobs:
+            scheduler.admit()
+            scheduler.push(i, costs[i], 0.0)
+        batch = scheduler.pop(0.0)
+        assert batch is not None and batch.jobs == jobs
+        return batch
+
+    whole = batch_of(list(range(len(costs))))
+    left = [i for i, (_, _, stays) in enumerate(made) if stays]
+    rest = scheduler.remainder(whole, [(i, costs[i]) for i in left])
+    alone = batch_of(left) if left else Planned[int](1)
+    assert (rest.level, rest.jobs) == (1, left)
+    assert (rest.tokens, rest.patches) == (alone.tokens, alone.patches)
+    assert math.isclose(rest.work, alone.work)

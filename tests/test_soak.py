@@ -31,7 +31,7 @@ def faulty_engine(seed: int) -> Engine:
     """A stand-in that runs out of memory in one batch of fifty."""
     engine = make_engine(
         Budget(tokens=300, patches=64),
-        Sharing(prefixes=True, cache_bytes=2000, vision_cache_bytes=400),
+        Sharing(prefixes=True, cache_bytes=16_000, vision_cache_bytes=400),
         queue_work=20_000,
         ageing=0.05,
     )
@@ -83,6 +83,9 @@ class Client:
             last = dice.choice([POISON, NOT_A_NUMBER])
         start = [7] * dice.choice([0, 10, 30])
         ids = [*start, *(dice.randrange(1, 700) for _ in range(dice.randrange(0, 20))), last]
+        if dice.random() < 0.1:  # something that many ask
+            last = dice.randrange(1, 6)
+            ids = [last]
         patches = 16 if dice.random() < 0.1 and len(ids) > 8 else 0
         soon = time.monotonic() + dice.choice([0.0, 0.005, 0.1])
         terms = Terms(
@@ -145,7 +148,7 @@ def soak(clients: int, count: int, seed: int) -> Counter[str]:
     failed = sum(outcomes[name] for name in ("unreadable", "non_finite", "memory", "poison"))
     assert metrics.failed == failed and metrics.memory_faults > 0
     assert (metrics.waiting, metrics.preparing, metrics.waiting_work) == (0, 0, 0)
-    assert metrics.prefix_cache.hits and metrics.vision_cache.hits
+    assert metrics.prefix_cache.hits and metrics.vision_cache.hits and metrics.answer_cache.hits
     assert not engine._open
     return outcomes
 

@@ -156,7 +156,8 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         type=byte_budget,
         default="512M",
-        help="for keys and values of shared beginnings, kept from batch to batch; 0: none",
+        help="for keys and values of shared beginnings, and for answers, kept from batch to batch; "
+        "0: none",
     )
     group.add_argument(
         "--vision-cache-bytes",
