@@ -70,16 +70,21 @@ class Clock:
 
     def microseconds(self, run: Callable[[], Any]) -> float:
         """The median of some runs, after some that do not count."""
+        if self._flush is None:
+            return self.rounds([run], 1)[0][0]
+        for _ in range(3):
+            run()
+        return statistics.median(taken for (taken,) in self.rounds([run], _REPEATS))
+
+    def rounds(self, runs: Sequence[Callable[[], Any]], count: int) -> list[list[float]]:
+        """Microseconds of each run in each round, ``[count][len(runs)]``: one after the other,
+        so that what slows the device down for a while slows all of them."""
         import torch
 
         if self._flush is None:
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e6
-        for _ in range(3):
-            run()
+            return [[_host_microseconds(run) for run in runs] for _ in range(count)]
         pairs = []
-        for _ in range(_REPEATS):
+        for run in [*runs] * count:
             self._flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -87,7 +92,14 @@ class Clock:
             end.record()
             pairs.append((begin, end))
         torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e3
+        taken = [begin.elapsed_time(end) * 1e3 for begin, end in pairs]
+        return [taken[i : i + len(runs)] for i in range(0, len(taken), len(runs))]
+
+
+def _host_microseconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e6
 
 
 def check(case: Any, ops: Any) -> tuple[Row, Callable[[], Any] | None]:
@@ -174,8 +186,9 @@ def machine(device: Any) -> dict[str, str]:
     }
 
 
-def write(rows: Sequence[Row], about: dict[str, str], path: Path) -> None:
-    names = [field.name for field in fields(Row)]
+def write(rows: Sequence[Any], about: dict[str, str], path: Path) -> None:
+    """Some dataclass instances of one kind as CSV, each with what it belongs to."""
+    names = [field.name for field in fields(rows[0])]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*names, *about], lineterminator="\n")
         writer.writeheader()
