@@ -75,6 +75,7 @@ class Embedder:
         vision_cache_bytes: int = 256 << 20,
         queue_tokens: int | None = None,
         deterministic: bool = False,
+        cuda_graphs: bool = True,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> Embedder:
@@ -110,6 +111,8 @@ class Embedder:
             deterministic: promise equal bits for an input alone, in any batch and order, with
                 sharing and caches on or off. Costs nothing on the native backend, which always
                 does so; others refuse.
+            cuda_graphs: replay short batches of text as CUDA graphs, padded and unshared, where
+                the backend is ``triton`` on a GPU; False launches each kernel. See docs/gpu.md.
             revision: branch, tag or commit, for a hub id.
             local_files_only: never download.
 
@@ -141,6 +144,7 @@ class Embedder:
             vision_cache_bytes=vision_cache_bytes,
             queue_tokens=queue_tokens,
             deterministic=deterministic,
+            cuda_graphs=cuda_graphs,
             revision=revision,
             local_files_only=local_files_only,
         )

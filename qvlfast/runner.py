@@ -16,6 +16,7 @@ from torch import Tensor
 from .batch import Packed, PieceLimits, pack
 from .cache import CacheCounts, PrefixCache, VisionCache
 from .config import ModelConfig
+from .graphs import Graphs, fit
 from .metrics import Counters
 from .model import Model
 from .pixels import Patches
@@ -85,16 +86,26 @@ def work_rates(config: ModelConfig) -> Rates:
 class Runner:
     """One model and its caches. :meth:`ready` is for any thread, the rest for one alone.
 
+    Args:
+        graphs: for batches of text that fit them, which then share nothing; None: for none.
+
     Attributes:
         rates: what a batch's work is predicted with.
         counters: of what was computed; the engine adds its own.
     """
 
-    def __init__(self, model: Model, device: torch.device, sharing: Sharing) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: torch.device,
+        sharing: Sharing,
+        graphs: Graphs | None = None,
+    ) -> None:
         self.model = model
         self.rates = work_rates(model.config)
         self._device = device
         self._sharing = sharing
+        self._graphs = graphs
         self._limits = _CPU_PIECES if device.type == "cpu" else _GPU_PIECES
         self.reset()
 
@@ -106,9 +117,11 @@ class Runner:
         self._vision = VisionCache(self._sharing.vision_cache_bytes)
 
     def forget(self) -> None:
-        """Drop what the caches hold."""
+        """Drop what the caches hold, and the graphs."""
         self._prefixes.clear()
         self._vision.clear()
+        if self._graphs is not None:
+            self._graphs.forget()
 
     @property
     def counts(self) -> tuple[CacheCounts, CacheCounts]:
@@ -131,6 +144,8 @@ class Runner:
 
     def run(self, batch: Sequence[Ready]) -> Generator[None, None, NDArray[np.float32]]:
         """Vectors ``[N, hidden_size]`` or scores ``[N]``; yields between pieces of the work."""
+        if self._graphs is not None and _fits(batch, self._graphs):
+            return self._replay(batch, self._graphs)
         known = self._known_pictures(batch)
         packed = self._pack(batch, known)
         kept: list[Tensor] = [known[digest] for digest in packed.ready]
@@ -151,6 +166,19 @@ class Runner:
                 self._prefixes.insert(keys, segment.start, segment.stop, layers)
         self._count(batch, packed)
         return output.values.cpu().numpy()[packed.rows]
+
+    def _replay(self, batch: Sequence[Ready], graphs: Graphs) -> NDArray[np.float32]:
+        """:meth:`run` in one piece, of prompts that fit a graph."""
+        packed = pack(
+            [ready.prompt for ready in batch],
+            self.model.config.vision.spatial_merge_size,
+            self._device,
+        )
+        start = time.perf_counter()
+        values = graphs(packed.batch)
+        self.counters.add_seconds("text", time.perf_counter() - start)
+        self._count(batch, packed)
+        return values.cpu().numpy()[packed.rows]
 
     def _pack(self, batch: Sequence[Ready], known: dict[bytes, Tensor]) -> Packed:
         keys = [ready.keys for ready in batch if ready.keys is not None]
@@ -212,6 +240,13 @@ class Runner:
             patches=sum(m.patches for ready in batch for m in ready.cost.media),
             patches_computed=computed,
         )
+
+
+def _fits(batch: Sequence[Ready], graphs: Graphs) -> bool:
+    if any(ready.prompt.media for ready in batch):
+        return False
+    lengths = [len(ready.prompt.ids) for ready in batch]
+    return fit(lengths, graphs.buckets).bucket is not None
 
 
 def _levels(kept: Sequence[Tensor], computed: Sequence[Tensor]) -> list[Tensor]:
