@@ -218,9 +218,10 @@ class Embedder:
                 timeout=timeout,
                 batch_tokens=batch_tokens,
                 vision_cache=vision_cache,
+                size=form.size(self.dimensions),
             ),
         )
-        gathered = _Gathered(len(items), self.dimensions)
+        gathered = _Gathered(len(items), form.size(self.dimensions) or self.dimensions)
         for outcome in outcomes:
             gathered.add(outcome)
         return self._finish(gathered, form, single)
@@ -255,9 +256,10 @@ class Embedder:
                 timeout=timeout,
                 batch_tokens=batch_tokens,
                 vision_cache=vision_cache,
+                size=form.size(self.dimensions),
             ),
         )
-        gathered = _Gathered(len(items), self.dimensions)
+        gathered = _Gathered(len(items), form.size(self.dimensions) or self.dimensions)
         async with aclosing(outcomes):
             async for outcome in outcomes:
                 gathered.add(outcome)
@@ -283,7 +285,8 @@ class Embedder:
             For each input in order its vector ``[D]``. With ``on_error="return"`` a failed
             item yields its exception instead; with ``raise`` the first one is raised.
         """
-        self._check(_Form(dimensions, normalize, output, "numpy", on_error, False))
+        form = _Form(dimensions, normalize, output, "numpy", on_error, False)
+        self._check(form)
         requests = (self._request(item, instruction) for item in inputs)
         terms = Terms.make(
             priority=priority,
@@ -291,11 +294,12 @@ class Embedder:
             timeout=None,
             batch_tokens=batch_tokens,
             vision_cache=vision_cache,
+            size=form.size(self.dimensions),
         )
         for outcome in self._runtime.run(requests, terms=terms):
             if isinstance(outcome, Answer):
                 warn_if_truncated([outcome.usage])
-                vector, _ = convert(cut(outcome.value[None], dimensions, normalize), output)
+                vector, _ = convert(form.finished(outcome.value[None]), output)
                 yield vector[0]
             elif on_error == "raise":
                 raise outcome
@@ -363,8 +367,7 @@ class Embedder:
         """What :meth:`encode` returns or raises."""
         usage, errors = gathered.usage, gathered.errors
         warn_if_truncated(usage, stacklevel=4)
-        rows = cut(gathered.rows, form.dimensions, form.normalize)
-        stored, scales = convert(rows, form.output)
+        stored, scales = convert(form.finished(gathered.rows), form.output)
         vectors: Any = stored[0] if single else stored
         if form.convert_to == "torch":
             vectors = torch.from_numpy(vectors)
@@ -387,6 +390,14 @@ class _Form:
     convert_to: Literal["numpy", "torch"]
     on_error: OnError
     details: bool
+
+    def size(self, full: int) -> int | None:
+        """What the model is asked for: so many values, of unit length; None: all, as they are."""
+        return (self.dimensions or full) if self.normalize else None
+
+    def finished(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What is left to do for rows that came so."""
+        return rows if self.normalize else cut(rows, self.dimensions, normalize=False)
 
 
 class _Gathered:

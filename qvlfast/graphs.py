@@ -147,7 +147,7 @@ class Graphs:
         return tuple(self._captured)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """What ``forward`` gives: ``[R, hidden_size]`` or ``[R]`` float32."""
+        """What ``forward`` gives, a row a read token: ``[R, …]``."""
         bucket = choose_bucket(batch, self.buckets).bucket
         if bucket is None:
             return self._forward(batch)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .batch import Packed, PieceLimits, pack
+from .batch import Cut, Packed, PieceLimits, pack
 from .cache import CacheCounts, PrefixCache, VisionCache
 from .config import ModelConfig
 from .graphs import Graphs, fit
@@ -61,12 +61,14 @@ class Ready:
         keys: None where nothing is shared.
         cost: what it takes on its own, and what of that others may have.
         cached_vision: its pictures may come from the cache, and be put there.
+        size: of its vector; see :class:`qvlfast.batch.Cut`.
     """
 
     prompt: Prompt
     keys: Keys | None
     cost: Cost
     cached_vision: bool = True
+    size: int | None = None
 
 
 def work_rates(config: ModelConfig) -> Rates:
@@ -128,7 +130,7 @@ class Runner:
         """Of the cache of beginnings and of that of pictures."""
         return replace(self._prefixes.counts), replace(self._vision.counts)
 
-    def ready(self, prompt: Prompt, cached_vision: bool = True) -> Ready:
+    def ready(self, prompt: Prompt, cached_vision: bool = True, size: int | None = None) -> Ready:
         """Find out what a prompt may share, and what it costs."""
         start = time.perf_counter()
         share = self._sharing.prefixes
@@ -140,10 +142,10 @@ class Runner:
         )
         cost = Cost(len(prompt.ids), media, keys.prefixes() if keys else ())
         self.counters.add_seconds("keys", time.perf_counter() - start)
-        return Ready(prompt, keys, cost, cached_vision)
+        return Ready(prompt, keys, cost, cached_vision, size)
 
-    def run(self, batch: Sequence[Ready]) -> Generator[None, None, NDArray[np.float32]]:
-        """Vectors ``[N, hidden_size]`` or scores ``[N]``; yields between pieces of the work."""
+    def run(self, batch: Sequence[Ready]) -> Generator[None, None, list[NDArray[np.float32]]]:
+        """A vector ``[size]``, or a score ``[]``, for each; yields between pieces of the work."""
         if self._graphs is not None and _fits(batch, self._graphs):
             return self._replay(batch, self._graphs)
         known = self._known_pictures(batch)
@@ -155,8 +157,13 @@ class Runner:
         else:
             computed = []
         levels = _levels(kept, computed)
+        places = _places(batch, packed.rows)
         text = self.model.text(
-            packed.batch, levels, [r.layers for r in packed.plan.resident], packed.spans
+            packed.batch,
+            levels,
+            [r.layers for r in packed.plan.resident],
+            packed.spans,
+            cuts=[place.cut for place in places],
         )
         output = yield from self._timed("text", text)
         for index, layers in zip(packed.plan.keep, output.kept, strict=True):
@@ -165,20 +172,21 @@ class Runner:
             if keys is not None:
                 self._prefixes.insert(keys, segment.start, segment.stop, layers)
         self._count(batch, packed)
-        return output.values.cpu().numpy()[packed.rows]
+        return _spread(output.values, places)
 
-    def _replay(self, batch: Sequence[Ready], graphs: Graphs) -> NDArray[np.float32]:
+    def _replay(self, batch: Sequence[Ready], graphs: Graphs) -> list[NDArray[np.float32]]:
         """:meth:`run` in one piece, of prompts that fit a graph."""
         packed = pack(
             [ready.prompt for ready in batch],
             self.model.config.vision.spatial_merge_size,
             self._device,
         )
+        places = _places(batch, packed.rows)
         start = time.perf_counter()
-        values = graphs(packed.batch)
+        values = self.model.head(graphs(packed.batch), [place.cut for place in places])
         self.counters.add_seconds("text", time.perf_counter() - start)
         self._count(batch, packed)
-        return values.cpu().numpy()[packed.rows]
+        return _spread(values, places)
 
     def _pack(self, batch: Sequence[Ready], known: dict[bytes, Tensor]) -> Packed:
         keys = [ready.keys for ready in batch if ready.keys is not None]
@@ -240,6 +248,39 @@ class Runner:
             patches=sum(m.patches for ready in batch for m in ready.cost.media),
             patches_computed=computed,
         )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the prompts are that want vectors of one size.
+
+    Attributes:
+        prompts: their indices in the batch.
+        rows: of each of them in what ``cut`` gives.
+    """
+
+    cut: Cut
+    prompts: list[int]
+    rows: NDArray[np.intp]
+
+
+def _places(batch: Sequence[Ready], reads: NDArray[np.int64]) -> list[_Place]:
+    """For each size; ``reads`` has which of the batch's reads is each prompt's own."""
+    places = []
+    for size in dict.fromkeys(ready.size for ready in batch):
+        prompts = [i for i, ready in enumerate(batch) if ready.size == size]
+        own, rows = np.unique(reads[prompts], return_inverse=True)
+        places.append(_Place(Cut(size, own), prompts, rows))
+    return places
+
+
+def _spread(values: Sequence[Tensor], places: Sequence[_Place]) -> list[NDArray[np.float32]]:
+    """What the cuts gave, in the order of the prompts."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for tensor, place in zip(values, places, strict=True):
+        rows = tensor.cpu().numpy()
+        found |= {i: rows[row] for i, row in zip(place.prompts, place.rows, strict=True)}
+    return [found[i] for i in range(len(found))]
 
 
 def _fits(batch: Sequence[Ready], graphs: Graphs) -> bool:

@@ -214,7 +214,7 @@ class Runtime:
         network = Model(config, weights, ops)
         graphs = None
         if cuda_graphs:
-            graphs = graphs_for(network.forward, torch_device, ops.name, batch_tokens)
+            graphs = graphs_for(network.hidden, torch_device, ops.name, batch_tokens)
         runner = Runner(network, torch_device, sharing, graphs)
         engine = Engine(runner, budget, queue_work=queue_tokens or math.inf)
         return cls(config, prompter, engine, options)
