@@ -6,8 +6,8 @@ prompt is padded at its end to a common length, and the rows of the padding are 
 boundaries of such a batch (``cu_seqlens``) are then the same for all batches of its bucket.
 
 Batches with pictures, or beyond the largest bucket, run as they are. Texts that fit a bucket run
-unshared: what sharing saves of so few tokens is less than what the launches take. (By reasoning: 13
-launches a layer, from Python; not measured.)
+unshared: what sharing saves of so few tokens is less than what the launches take. (By reasoning:
+ten and more a layer, from Python; not measured.)
 """
 
 from __future__ import annotations
