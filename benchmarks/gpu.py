@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import statistics
 import subprocess
@@ -60,7 +61,8 @@ class Clock:
         import torch
 
         self.device = device
-        self.end = time.monotonic() + seconds
+        self.start = time.monotonic()
+        self.end = self.start + seconds
         cuda = device.type == "cuda"
         self._flush = torch.empty(_FLUSH, dtype=torch.uint8, device=device) if cuda else None
 
@@ -225,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no CUDA GPU here: --dry-run goes without")
     device = torch.device("cpu" if options.dry_run else "cuda")
-    clock = Clock(device, _SECONDS)
+    clock = Clock(device, math.inf if options.dry_run else _SECONDS)
     fp8 = options.dry_run or torch.cuda.get_device_capability() >= (8, 9)
     about = machine(device)
     print(", ".join(f"{k} {v}" for k, v in about.items() if v))
@@ -239,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path:
         write(rows, about, path)
     failed = [row for row in rows if row.state == "failed"]
-    print(f"{len(rows)} rows, {len(failed)} failed, {_SECONDS - clock.left:.0f} s")
+    print(f"{len(rows)} rows, {len(failed)} failed, {time.monotonic() - clock.start:.0f} s")
     return bool(failed)
 
 
