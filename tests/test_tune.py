@@ -19,19 +19,17 @@ from qvlfast.kernels.configs import TARGETS, GemmConfig, gemm_config
 from benchmarks.aot import SHARED_KB
 from benchmarks.gpu import machine
 from benchmarks.tune import (
-    TABLES,
     Ratio,
     better,
     check,
     compile_part,
     main,
     ratios,
-    render,
     tune,
     tune_all,
-    updated,
 )
 from benchmarks.tune_cases import DRY, Entry, Sizes, Trial, blocks, entries
+from benchmarks.tune_tables import TABLES, render, updated
 from qvlfast.kernels import measured
 
 CPU, META = torch.device("cpu"), torch.device("meta")
