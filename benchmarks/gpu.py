@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import statistics
 import subprocess
@@ -60,7 +61,8 @@ class Clock:
         import torch
 
         self.device = device
-        self.end = time.monotonic() + seconds
+        self.start = time.monotonic()
+        self.end = self.start + seconds
         cuda = device.type == "cuda"
         self._flush = torch.empty(_FLUSH, dtype=torch.uint8, device=device) if cuda else None
 
@@ -70,16 +72,21 @@ class Clock:
 
     def microseconds(self, run: Callable[[], Any]) -> float:
         """The median of some runs, after some that do not count."""
+        if self._flush is None:
+            return self.rounds([run], 1)[0][0]
+        for _ in range(3):
+            run()
+        return statistics.median(taken for (taken,) in self.rounds([run], _REPEATS))
+
+    def rounds(self, runs: Sequence[Callable[[], Any]], count: int) -> list[list[float]]:
+        """Microseconds of each run in each round, ``[count][len(runs)]``: one after the other,
+        so that what slows the device down for a while slows all of them."""
         import torch
 
         if self._flush is None:
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e6
-        for _ in range(3):
-            run()
+            return [[_host_microseconds(run) for run in runs] for _ in range(count)]
         pairs = []
-        for _ in range(_REPEATS):
+        for run in [*runs] * count:
             self._flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -87,7 +94,14 @@ class Clock:
             end.record()
             pairs.append((begin, end))
         torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e3
+        taken = [begin.elapsed_time(end) * 1e3 for begin, end in pairs]
+        return [taken[i : i + len(runs)] for i in range(0, len(taken), len(runs))]
+
+
+def _host_microseconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e6
 
 
 def check(case: Any, ops: Any) -> tuple[Row, Callable[[], Any] | None]:
@@ -174,8 +188,9 @@ def machine(device: Any) -> dict[str, str]:
     }
 
 
-def write(rows: Sequence[Row], about: dict[str, str], path: Path) -> None:
-    names = [field.name for field in fields(Row)]
+def write(rows: Sequence[Any], about: dict[str, str], path: Path) -> None:
+    """Some dataclass instances of one kind as CSV, each with what it belongs to."""
+    names = [field.name for field in fields(rows[0])]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*names, *about], lineterminator="\n")
         writer.writeheader()
@@ -212,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no CUDA GPU here: --dry-run goes without")
     device = torch.device("cpu" if options.dry_run else "cuda")
-    clock = Clock(device, _SECONDS)
+    clock = Clock(device, math.inf if options.dry_run else _SECONDS)
     fp8 = options.dry_run or torch.cuda.get_device_capability() >= (8, 9)
     about = machine(device)
     print(", ".join(f"{k} {v}" for k, v in about.items() if v))
@@ -226,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if path:
         write(rows, about, path)
     failed = [row for row in rows if row.state == "failed"]
-    print(f"{len(rows)} rows, {len(failed)} failed, {_SECONDS - clock.left:.0f} s")
+    print(f"{len(rows)} rows, {len(failed)} failed, {time.monotonic() - clock.start:.0f} s")
     return bool(failed)
 
 

@@ -271,6 +271,10 @@ def _rms_norm(form: Any) -> Build:
     return lambda ops, i: lambda: ops.rms_norm(i["x"], i["w"], 1e-6, rows=form)
 
 
+def _pool(size: int | None) -> Build:
+    return lambda ops, i: lambda: ops.pool(i["x"], i["w"], 1e-6, read=i["read"], size=size)
+
+
 def _vision_tables(dim: int) -> Build:
     return lambda ops, i: lambda: torch.cat(ops.vision_rope_tables(i["p"], dim, 1e4))
 
@@ -374,11 +378,11 @@ def row_wise(sizes: Sizes, make: Maker, dtype: torch.dtype) -> Iterator[Case]:
             side * side * (width + c * b) + c * width * b,
         )  # fmt: skip
     inputs = {"x": x, "w": weight, "read": index}
-    yield case(
-        "pool", f"{len(index)} of {t}", inputs,
-        lambda ops, i: lambda: ops.pool(i["x"], i["w"], 1e-6, read=i["read"]),
-        len(index) * h * (b + 4),
-    )  # fmt: skip
+    for size in (None, h // 4):
+        yield case(
+            "pool", f"{len(index)} of {t}" + (f", {size} values" if size else ""), inputs,
+            _pool(size), len(index) * (h * b + (size or h) * 4),
+        )  # fmt: skip
     inputs = inputs | {"answers": make(2, h, dtype=torch.float32, scale=0.02)}
     yield case(
         "score", f"{len(index)} of {t}", inputs,

@@ -29,6 +29,7 @@ from .common import (
     require_unit_stride,
     target_of,
 )
+from .measured import ATTENTION
 
 
 class Forest(Protocol):
@@ -53,7 +54,7 @@ class AttentionConfig:
 
 
 def attention_config(target: str, dtype: torch.dtype, dim: int, longest: int) -> AttentionConfig:
-    """Blocks for heads of ``dim`` values; by reasoning, not yet by measurement.
+    """Blocks for heads of ``dim`` values: measured ones if there are any, else by reasoning.
 
     Args:
         longest: the most queries (tokens × group) that a segment has.
@@ -70,6 +71,8 @@ def attention_config(target: str, dtype: torch.dtype, dim: int, longest: int) ->
         return AttentionConfig(rows, 128, warps=4, stages=1)
     if dtype == torch.float32:
         return AttentionConfig(16, 16, warps=8, stages=1)
+    if measured := ATTENTION.get((target, padded, rows)):
+        return AttentionConfig(*measured.blocks)
     if rows < 64:
         return AttentionConfig(rows, 64, warps=4, stages=2)
     return AttentionConfig(rows, 32 if padded > 64 and target != "sm_90" else 64, warps=8, stages=2)

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .measured import ROWS
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether TRITON_INTERPRET was 1 when Triton was first imported: kernels then run in NumPy."""
 
@@ -131,10 +133,12 @@ def row_config(target: str, columns: int) -> RowConfig:
 
     A row is held in registers whole, since its norm is needed before its first value is written.
     Short rows share a program until it has about 2,048 values: 16 a thread of 4 warps, enough
-    16-byte loads in flight. The interpreter pays by the program, so there it is as much as NumPy
-    handles well.
+    16-byte loads in flight; where they were measured, as many as was best. The interpreter pays by
+    the program, so there it is as much as NumPy handles well.
     """
     block = triton.next_power_of_2(max(columns, 16))
+    if measured := ROWS.get((target, block)):
+        return RowConfig(*measured.blocks)
     rows = max(1, (1 << 16 if target == "interpreter" else 1 << 11) // block)
     return RowConfig(rows, block, warps=4 if block <= 2048 else 8 if block <= 8192 else 16)
 

@@ -2,13 +2,15 @@
 
     python -m qvlfast.kernels.configs      print what every target gets for the model's shapes
 
-The numbers come from reasoning, written beside them, until a GPU has been measured; registers and
-shared memory were read from the machine code (benchmarks/results/aot.csv).
+The numbers come from reasoning, written beside them; registers and shared memory were read from
+the machine code (benchmarks/results/aot.csv). Where measured.py has an entry, that goes first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from .measured import PRODUCTS
 
 TARGETS = ("sm_80", "sm_87", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120")
 
@@ -46,6 +48,12 @@ class GemmConfig:
     stages: int
     split: int = 1
     descriptors: bool = False
+
+    @classmethod
+    def of(cls, blocks: tuple[int, ...]) -> GemmConfig:
+        """From m, n, k, warps and stages."""
+        m, n, k, warps, stages = blocks
+        return cls(m, n, k, warps, stages)
 
 
 # (kind, target or *, most rows) → blocks. A product of few rows is bound by reading the weight:
@@ -108,18 +116,53 @@ def gemm_config(
         most = 128 if kind == "int4" else 512
         bm, bn, bk = (min(most, max(16, 1 << max(size - 1, 0).bit_length())) for size in (m, n, k))
         return GemmConfig(bm, bn, bk, warps=4, stages=1)
-    rows = next(r for r in (16, 64, _MANY) if m <= r and (kind, "*", r) in _TABLE)
+    rows = row_class(kind, m)
+    measured = PRODUCTS.get((kind, target, rows, gated))
+    config = (
+        GemmConfig.of(measured.blocks) if measured else reasoned(kind, target, rows, gated=gated)
+    )
+    return fitted(
+        config, kind, target, m, n, k, activation=activation, gated=gated, residual=residual
+    )
+
+
+def row_class(kind: str, m: int) -> int:
+    """The most rows that have the same blocks as ``m`` rows."""
+    return next(r for r in (16, 64, _MANY) if m <= r and (kind, "*", r) in _TABLE)
+
+
+def reasoned(kind: str, target: str, rows: int, *, gated: bool = False) -> GemmConfig:
+    """The table's blocks of a class of rows, whether measured ones replace them or not."""
     config = _TABLE.get((kind, target, rows)) or _TABLE[kind, "*", rows]
-    if config.n == 256 and (n < 1024 or activation == "gelu_erf" or residual):
+    return replace(config, n=config.n // 2) if gated else config
+
+
+def fitted(
+    config: GemmConfig,
+    kind: str,
+    target: str,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    activation: str = "none",
+    gated: bool = False,
+    residual: bool = False,
+) -> GemmConfig:
+    """``config`` for one product: narrower where it must be, split, and with descriptors.
+
+    Args:
+        config: of the class of rows; the others are those of :func:`gemm_config`.
+    """
+    wide = config.n * (2 if gated else 1) >= 256
+    if wide and (n < 1024 or activation == "gelu_erf" or residual):
         # Few columns of programs; erf's polynomials, or a block of the residual, do not fit in
         # registers beside the sums.
-        config = replace(config, n=128)
-    if gated:
         config = replace(config, n=config.n // 2)
-    if rows == 16 and kind not in ("float32", "fp8_blocks") and not gated:
+    if m <= 16 and kind not in ("float32", "fp8_blocks") and not gated:
         tiles = -(-m // config.m) * -(-n // config.n)
         config = replace(config, split=split_of(target, tiles, k // config.k))
-    if rows > 16 and target in DESCRIPTOR_TARGETS and kind not in ("float32", "int4"):
+    if m > 16 and target in DESCRIPTOR_TARGETS and kind not in ("float32", "int4"):
         config = replace(config, descriptors=True)
     return config
 
@@ -147,16 +190,18 @@ def main() -> None:
         ("8B down", 4096, 12288, False),
         ("8B fc1", 4304, 1152, False),
     ]
-    print("target kind       rows  layer        m × n × k      warps stages split descriptors")
+    print("target kind       rows  layer        m × n × k      warps stages split descriptors from")
     for target in TARGETS:
         for kind in KINDS:
             for m in (1, 64) if kind == "int4" else (1, 64, 4096):
                 for layer, n, k, gated in shapes:
                     c = gemm_config(kind, target, m, n, k, gated=gated)
                     blocks = f"{c.m} × {c.n} × {c.k}"
+                    measured = (kind, target, row_class(kind, m), gated) in PRODUCTS
                     print(
                         f"{target:6} {kind:10} {m:4}  {layer:12} {blocks:14} {c.warps:5} "
-                        f"{c.stages:6} {c.split:5} {'yes' if c.descriptors else 'no'}"
+                        f"{c.stages:6} {c.split:5} {'yes' if c.descriptors else 'no':11} "
+                        f"{'measurement' if measured else 'reasoning'}"
                     )
 
 

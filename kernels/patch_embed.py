@@ -31,18 +31,18 @@ from .common import (
     target_of,
     widen,
 )
-from .configs import GemmConfig, gemm_config
+from .configs import GemmConfig, gemm_config, reasoned, row_class
 
 
 def patch_embed_config(target: str, dtype: torch.dtype, n: int, c: int, k: int) -> GemmConfig:
-    """As for any product, but by pointers, never split, and never more than 64 columns: pixels
-    become floats in registers, and the grid's corners are added there; with the wider block they do
-    not fit (seen in the machine code)."""
+    """As reasoned for any product, but by pointers, never split, and never more than 64 columns:
+    pixels become floats in registers, and the grid's corners are added there; with the wider block
+    they do not fit (seen in the machine code)."""
     kind = "float32" if dtype == torch.float32 else "float16"
-    config = gemm_config(kind, target, n, c, k)
     if target == "interpreter":
-        return config
-    return replace(config, n=min(config.n, 64), split=1, descriptors=False)
+        return gemm_config(kind, target, n, c, k)
+    config = reasoned(kind, target, row_class(kind, n))
+    return replace(config, n=min(config.n, 64))
 
 
 @inline

@@ -85,6 +85,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Some of the read tokens of a batch, and the form that their vectors are wanted in.
+
+    Attributes:
+        size: the first values that are kept, and scaled to unit length (Matryoshka); None: all
+            of them, as the final norm leaves them. A reranker's scores have no size.
+        reads: ``[N]`` rising int64 indices into ``Batch.read``.
+    """
+
+    size: int | None
+    reads: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class PieceLimits:
     """The most that is worked in one piece.
 

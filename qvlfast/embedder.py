@@ -75,6 +75,7 @@ class Embedder:
         vision_cache_bytes: int = 256 << 20,
         queue_tokens: int | None = None,
         deterministic: bool = False,
+        cuda_graphs: bool = True,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> Embedder:
@@ -111,6 +112,8 @@ class Embedder:
             deterministic: promise equal bits for an input alone, in any batch and order, with
                 sharing and caches on or off. Costs nothing on the native backend, which always
                 does so; others refuse.
+            cuda_graphs: replay short batches of text as CUDA graphs, padded and unshared, where
+                the backend is ``triton`` on a GPU; False launches each kernel. See docs/gpu.md.
             revision: branch, tag or commit, for a hub id.
             local_files_only: never download.
 
@@ -142,6 +145,7 @@ class Embedder:
             vision_cache_bytes=vision_cache_bytes,
             queue_tokens=queue_tokens,
             deterministic=deterministic,
+            cuda_graphs=cuda_graphs,
             revision=revision,
             local_files_only=local_files_only,
         )
@@ -216,9 +220,10 @@ class Embedder:
                 timeout=timeout,
                 batch_tokens=batch_tokens,
                 vision_cache=vision_cache,
+                size=form.size(self.dimensions),
             ),
         )
-        gathered = _Gathered(len(items), self.dimensions)
+        gathered = _Gathered(len(items), form.size(self.dimensions) or self.dimensions)
         for outcome in outcomes:
             gathered.add(outcome)
         return self._finish(gathered, form, single)
@@ -253,9 +258,10 @@ class Embedder:
                 timeout=timeout,
                 batch_tokens=batch_tokens,
                 vision_cache=vision_cache,
+                size=form.size(self.dimensions),
             ),
         )
-        gathered = _Gathered(len(items), self.dimensions)
+        gathered = _Gathered(len(items), form.size(self.dimensions) or self.dimensions)
         async with aclosing(outcomes):
             async for outcome in outcomes:
                 gathered.add(outcome)
@@ -281,7 +287,8 @@ class Embedder:
             For each input in order its vector ``[D]``. With ``on_error="return"`` a failed
             item yields its exception instead; with ``raise`` the first one is raised.
         """
-        self._check(_Form(dimensions, normalize, output, "numpy", on_error, False))
+        form = _Form(dimensions, normalize, output, "numpy", on_error, False)
+        self._check(form)
         requests = (self._request(item, instruction) for item in inputs)
         terms = Terms.make(
             priority=priority,
@@ -289,11 +296,12 @@ class Embedder:
             timeout=None,
             batch_tokens=batch_tokens,
             vision_cache=vision_cache,
+            size=form.size(self.dimensions),
         )
         for outcome in self._runtime.run(requests, terms=terms):
             if isinstance(outcome, Answer):
                 warn_if_truncated([outcome.usage])
-                vector, _ = convert(cut(outcome.value[None], dimensions, normalize), output)
+                vector, _ = convert(form.finished(outcome.value[None]), output)
                 yield vector[0]
             elif on_error == "raise":
                 raise outcome
@@ -361,8 +369,7 @@ class Embedder:
         """What :meth:`encode` returns or raises."""
         usage, errors = gathered.usage, gathered.errors
         warn_if_truncated(usage, stacklevel=4)
-        rows = cut(gathered.rows, form.dimensions, form.normalize)
-        stored, scales = convert(rows, form.output)
+        stored, scales = convert(form.finished(gathered.rows), form.output)
         vectors: Any = stored[0] if single else stored
         if form.convert_to == "torch":
             vectors = torch.from_numpy(vectors)
@@ -385,6 +392,14 @@ class _Form:
     convert_to: Literal["numpy", "torch"]
     on_error: OnError
     details: bool
+
+    def size(self, full: int) -> int | None:
+        """What the model is asked for: so many values, of unit length; None: all, as they are."""
+        return (self.dimensions or full) if self.normalize else None
+
+    def finished(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What is left to do for rows that came so."""
+        return rows if self.normalize else cut(rows, self.dimensions, normalize=False)
 
 
 class _Gathered:

@@ -213,7 +213,7 @@ class Engine:
         start = time.perf_counter()
         if time.monotonic() >= job.terms.deadline:
             raise DeadlineError(_LATE)
-        ready = self._runner.ready(prepare(), job.terms.vision_cache)
+        ready = self._runner.ready(prepare(), job.terms.vision_cache, job.terms.size)
         self._runner.counters.add_seconds("prepare", time.perf_counter() - start)
         return ready
 
@@ -339,7 +339,7 @@ class Engine:
             for job, value in zip(jobs, values, strict=True):
                 self._answer(job, value)
 
-    def _drive(self, jobs: Sequence[Job], planned: Planned[Job]) -> NDArray[np.float32]:
+    def _drive(self, jobs: Sequence[Job], planned: Planned[Job]) -> list[NDArray[np.float32]]:
         """Run the pieces of a batch; in between, one batch of what may pass it."""
         above, most = planned.level, math.inf
         if len(jobs) == 1 and planned.work >= _LONG:
@@ -409,8 +409,8 @@ class Engine:
 
 
 def _next(
-    pieces: Generator[None, None, NDArray[np.float32]],
-) -> NDArray[np.float32] | None:
+    pieces: Generator[None, None, list[NDArray[np.float32]]],
+) -> list[NDArray[np.float32]] | None:
     """Run one piece; the result, if it was the last."""
     try:
         next(pieces)

@@ -5,13 +5,16 @@ captured. Attention is causal, so tokens after a prompt's end change nothing bef
 prompt is padded at its end to a common length, and the rows of the padding are thrown away. The
 boundaries of such a batch (``cu_seqlens``) are then the same for all batches of its bucket.
 
-Batches with pictures, with shared beginnings, or beyond the largest bucket run as they are.
+Batches with pictures, or beyond the largest bucket, run as they are. Texts that fit a bucket run
+unshared: what sharing saves of so few tokens is less than what the launches take. (By reasoning:
+ten and more a layer, from Python; not measured.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -54,9 +57,19 @@ class Choice:
     reason: str
 
 
+def fit(lengths: Sequence[int], buckets: Sequence[Bucket] = BUCKETS) -> Choice:
+    """The bucket of the fewest tokens that texts of these lengths fit into."""
+    longest = max(lengths)
+    fitting = [b for b in buckets if b.prompts >= len(lengths) and b.length >= longest]
+    if not fitting:
+        return Choice(None, f"{len(lengths)} prompts of up to {longest} tokens fit no bucket")
+    best = min(fitting, key=lambda b: (b.tokens, b.prompts))
+    return Choice(best, f"{sum(lengths)} tokens padded to {best.tokens}")
+
+
 def choose_bucket(batch: Batch, buckets: Sequence[Bucket] = BUCKETS) -> Choice:
-    """The bucket of the fewest tokens that a batch fits into."""
-    if batch.vision is not None:
+    """:func:`fit` for a batch as it was packed; None for one that is no plain batch of text."""
+    if batch.vision is not None or len(batch.visual_index):
         return Choice(None, "it has pictures")
     forest = batch.forest
     lengths = np.diff(forest.cu_q)
@@ -64,12 +77,7 @@ def choose_bucket(batch: Batch, buckets: Sequence[Bucket] = BUCKETS) -> Choice:
         return Choice(None, "its prompts share beginnings")
     if len(batch.read) != len(lengths) or (batch.read != forest.cu_q[1:] - 1).any():
         return Choice(None, "it reads other tokens than the last of each prompt")
-    longest = int(lengths.max())
-    fitting = [b for b in buckets if b.prompts >= len(lengths) and b.length >= longest]
-    if not fitting:
-        return Choice(None, f"{len(lengths)} prompts of up to {longest} tokens fit no bucket")
-    best = min(fitting, key=lambda b: (b.tokens, b.prompts))
-    return Choice(best, f"{len(batch.ids)} tokens padded to {best.tokens}")
+    return fit(lengths.tolist(), buckets)
 
 
 def pad(batch: Batch, bucket: Bucket) -> tuple[Batch, NDArray[np.int64]]:
@@ -97,53 +105,94 @@ def pad(batch: Batch, bucket: Bucket) -> tuple[Batch, NDArray[np.int64]]:
     return padded, rows[batch.read]
 
 
-class Graphs:
-    """Runs batches by replaying graphs where it can, and by ``forward`` where not.
+Forward: TypeAlias = Callable[[Batch], Tensor]
 
-    Not thread-safe: replays share memory.
+
+class Capture(Protocol):
+    """Records what ``forward`` does with a batch; the CUDA one is :class:`CudaCapture`."""
+
+    def __call__(self, forward: Forward, batch: Batch) -> Forward:
+        """What does the same again with the ids and positions of another batch of that shape; its
+        answer may be overwritten by the next of any capture."""
+        ...
+
+    def forget(self) -> None:
+        """What was captured is gone."""
+        ...
+
+
+class Graphs:
+    """Runs plain batches of text by replaying graphs, and others by ``forward``.
+
+    There is one graph a bucket at most. Not thread-safe: replays share memory.
 
     Args:
         forward: the model's; it must neither copy from the host nor wait for the device when it is
             called with a batch that it has seen.
-        buckets: shapes to capture, each at its first use.
-        keep: called after each capture; what it returns lives as long as the graph. For what
-            ``forward`` has put on the device and may drop, such as plans of attention.
-        enabled: False runs everything by ``forward``.
+        capture: records each bucket at its first use.
+        buckets: shapes to capture.
     """
 
     def __init__(
-        self,
-        forward: Callable[[Batch], Tensor],
-        buckets: Sequence[Bucket] = BUCKETS,
-        *,
-        keep: Callable[[], object] = lambda: None,
-        enabled: bool = True,
+        self, forward: Forward, capture: Capture, buckets: Sequence[Bucket] = BUCKETS
     ) -> None:
         self._forward = forward
-        self._keep = keep
-        self._buckets = tuple(buckets)
-        self._captured: dict[Bucket, _Captured] = {}
-        self.enabled = enabled
+        self._capture = capture
+        self._captured: dict[Bucket, Forward] = {}
+        self.buckets = tuple(buckets)
+
+    @property
+    def captured(self) -> tuple[Bucket, ...]:
+        """The buckets that there is a graph of, in the order of their first use."""
+        return tuple(self._captured)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """What ``forward`` gives: ``[R, hidden_size]`` or ``[R]`` float32."""
-        if not self.enabled or batch.ids.device.type != "cuda":
-            return self._forward(batch)
-        bucket = choose_bucket(batch, self._buckets).bucket
+        """What ``forward`` gives, a row a read token: ``[R, …]``."""
+        bucket = choose_bucket(batch, self.buckets).bucket
         if bucket is None:
             return self._forward(batch)
         padded, rows = pad(batch, bucket)
         if bucket not in self._captured:
-            self._captured[bucket] = _Captured(self._forward, padded, self._keep)
-        answer = self._captured[bucket].replay(padded)
+            self._captured[bucket] = self._capture(self._forward, padded)
+        answer = self._captured[bucket](padded)
         return answer[torch.from_numpy(rows).to(answer.device)]
+
+    def forget(self) -> None:
+        """Drop all graphs and their memory; they are captured anew when they are used."""
+        self._captured.clear()
+        self._capture.forget()
+
+
+class CudaCapture:
+    """Captures CUDA graphs.
+
+    Args:
+        keep: called after each capture; what it returns lives as long as the graph. For what
+            ``forward`` has put on the device and may drop, such as plans of attention.
+    """
+
+    def __init__(self, keep: Callable[[], object] = lambda: None) -> None:
+        self._keep = keep
+        self._pool: Any = None
+
+    def __call__(self, forward: Forward, batch: Batch) -> Forward:
+        # One pool for all graphs: no two run at once, and an answer is copied before the next.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            return _Captured(forward, batch, self._keep, self._pool)
+        except BaseException:
+            self.forget()  # a pool that no graph has come to own may not be asked for again
+            raise
+
+    def forget(self) -> None:
+        self._pool = None
 
 
 class _Captured:
     """One graph with the tensors it reads and writes."""
 
     def __init__(
-        self, forward: Callable[[Batch], Tensor], batch: Batch, keep: Callable[[], object]
+        self, forward: Forward, batch: Batch, keep: Callable[[], object], pool: Any
     ) -> None:
         # Kept, with its forest: plans of attention are found by the objects they were made for.
         self._batch = replace(batch, ids=batch.ids.clone(), positions=batch.positions.clone())
@@ -154,13 +203,32 @@ class _Captured:
                 forward(self._batch)
         torch.cuda.current_stream(batch.ids.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Other threads, of another model say, may go on using the device.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._answer = forward(self._batch)
         self._kept = keep()
 
-    def replay(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """The answer, which the next replay overwrites."""
         self._batch.ids.copy_(batch.ids)
         self._batch.positions.copy_(batch.positions)
         self._graph.replay()
         return self._answer
+
+
+def graphs_for(
+    forward: Forward, device: torch.device, backend: str, most_tokens: int
+) -> Graphs | None:
+    """Graphs where they can be captured: of the Triton kernels, on a CUDA device. Others wait for
+    the device, or ask the host, in the middle of a pass.
+
+    Args:
+        backend: name of the ops that ``forward`` uses.
+        most_tokens: padded batches have no more.
+    """
+    if device.type != "cuda" or backend != "triton":
+        return None
+    from .kernels import attention
+
+    buckets = [bucket for bucket in BUCKETS if bucket.tokens <= most_tokens]
+    return Graphs(forward, CudaCapture(lambda: list(attention._PLANS.values())), buckets)

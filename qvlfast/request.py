@@ -44,7 +44,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Answer:
-    """``value`` is ``[hidden_size]`` float32 from an embedder, ``[]`` from a reranker."""
+    """``value`` is ``[size]`` float32 from an embedder, ``[]`` from a reranker."""
 
     value: NDArray[np.float32]
     usage: Usage
@@ -60,6 +60,7 @@ class Terms:
         deadline: when the answer is no longer wanted, on the clock of ``time.monotonic``.
         batch_tokens: a lower token budget for the batch that it will be in; None: the engine's.
         vision_cache: its pictures, and the answer if it has any, may be kept and found again.
+        size: of its vector, which is then of unit length; None: whole, as the final norm leaves it.
     """
 
     priority: str = "normal"
@@ -67,6 +68,7 @@ class Terms:
     deadline: float = math.inf
     batch_tokens: int | None = None
     vision_cache: bool = True
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if self.priority not in LEVELS:
@@ -83,6 +85,7 @@ class Terms:
         timeout: float | None,
         batch_tokens: int | None,
         vision_cache: bool,
+        size: int | None = None,
     ) -> Terms:
         """From the arguments of a call, which has ``timeout`` seconds from now."""
         if timeout is not None and not timeout > 0:
@@ -90,7 +93,7 @@ class Terms:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         # A call that does not say for whom it asks is a client of its own.
         owner = object() if client is None else client
-        return cls(priority, owner, deadline, batch_tokens, vision_cache)
+        return cls(priority, owner, deadline, batch_tokens, vision_cache, size)
 
 
 DEFAULT_TERMS = Terms()

@@ -75,6 +75,7 @@ class Reranker:
         vision_cache_bytes: int = 256 << 20,
         queue_tokens: int | None = None,
         deterministic: bool = False,
+        cuda_graphs: bool = True,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> Reranker:
@@ -112,6 +113,7 @@ class Reranker:
             vision_cache_bytes=vision_cache_bytes,
             queue_tokens=queue_tokens,
             deterministic=deterministic,
+            cuda_graphs=cuda_graphs,
             revision=revision,
             local_files_only=local_files_only,
         )

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .batch import Packed, PieceLimits, pack
+from .batch import Cut, Packed, PieceLimits, pack
 from .cache import AnswerCache, CacheCounts, PrefixCache, VisionCache
 from .config import ModelConfig
+from .graphs import Graphs, fit
 from .metrics import Counters
 from .model import Model
 from .pixels import Patches
@@ -64,6 +65,7 @@ class Ready:
         keys: None where nothing is shared.
         cost: what it takes on its own, and what of that others may have.
         cached_vision: its pictures may come from the cache, and be put there.
+        size: of its vector; see :class:`qvlfast.batch.Cut`.
         digest: what its answer is kept under; None where it is not.
     """
 
@@ -71,6 +73,7 @@ class Ready:
     keys: Keys | None
     cost: Cost
     cached_vision: bool = True
+    size: int | None = None
     digest: bytes | None = None
 
 
@@ -91,17 +94,27 @@ def work_rates(config: ModelConfig) -> Rates:
 class Runner:
     """One model and its caches. :meth:`ready` is for any thread, the rest for one alone.
 
+    Args:
+        graphs: for batches of text that fit them, which then share nothing; None: for none.
+
     Attributes:
         rates: what a batch's work is predicted with.
         counters: of what was computed; the engine adds its own.
         device: where the model is.
     """
 
-    def __init__(self, model: Model, device: torch.device, sharing: Sharing) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: torch.device,
+        sharing: Sharing,
+        graphs: Graphs | None = None,
+    ) -> None:
         self.model = model
         self.rates = work_rates(model.config)
         self.device = device
         self._sharing = sharing
+        self._graphs = graphs
         self._limits = _CPU_PIECES if device.type == "cpu" else _GPU_PIECES
         self.reset()
 
@@ -115,10 +128,12 @@ class Runner:
         self._vision = VisionCache(self._sharing.vision_cache_bytes)
 
     def forget(self) -> None:
-        """Drop what the caches hold."""
+        """Drop what the caches hold, and the graphs."""
         self._prefixes.clear()
         self._vision.clear()
         self._answers.clear()
+        if self._graphs is not None:
+            self._graphs.forget()
 
     @property
     def counts(self) -> dict[str, CacheCounts]:
@@ -129,7 +144,7 @@ class Runner:
             "answer_cache": replace(self._answers.counts),
         }
 
-    def ready(self, prompt: Prompt, cached_vision: bool = True) -> Ready:
+    def ready(self, prompt: Prompt, cached_vision: bool = True, size: int | None = None) -> Ready:
         """Find out what a prompt may share, and what it costs."""
         start = time.perf_counter()
         share = self._sharing.prefixes
@@ -142,19 +157,21 @@ class Runner:
         cost = Cost(len(prompt.ids), media, keys.prefixes() if keys else ())
         # Of pictures that are not to be kept, what was made of them is not kept either.
         kept = self._answers.budget > 0 and (cached_vision or not prompt.media)
-        digest = prompt.digest if kept else None
+        digest = b"%d " % (size or 0) + prompt.digest if kept else None
         self.counters.add_seconds("keys", time.perf_counter() - start)
-        return Ready(prompt, keys, cost, cached_vision, digest)
+        return Ready(prompt, keys, cost, cached_vision, size, digest)
 
     def known(self, ready: Ready) -> NDArray[np.float32] | None:
-        """The answer to an equal prompt of an earlier batch: ``[hidden_size]`` or ``[]``."""
+        """The answer to an equal prompt of an earlier batch: ``[size]`` or ``[]``."""
         found = None if ready.digest is None else self._answers.get(ready.digest)
         if found is not None:
             self._count([ready], cached=ready.cost.tokens)
         return found
 
-    def run(self, batch: Sequence[Ready]) -> Generator[None, None, NDArray[np.float32]]:
-        """Vectors ``[N, hidden_size]`` or scores ``[N]``; yields between pieces of the work."""
+    def run(self, batch: Sequence[Ready]) -> Generator[None, None, list[NDArray[np.float32]]]:
+        """A vector ``[size]``, or a score ``[]``, for each; yields between pieces of the work."""
+        if self._graphs is not None and _fits(batch, self._graphs):
+            return self._replay(batch, self._graphs)
         known = self._known_pictures(batch)
         packed = self._pack(batch, known)
         kept: list[Tensor] = [known[digest] for digest in packed.ready]
@@ -164,8 +181,13 @@ class Runner:
         else:
             computed = []
         levels = _levels(kept, computed)
+        places = _places(batch, packed.rows)
         text = self.model.text(
-            packed.batch, levels, [r.layers for r in packed.plan.resident], packed.spans
+            packed.batch,
+            levels,
+            [r.layers for r in packed.plan.resident],
+            packed.spans,
+            cuts=[place.cut for place in places],
         )
         output = yield from self._timed("text", text)
         for index, layers in zip(packed.plan.keep, output.kept, strict=True):
@@ -180,7 +202,25 @@ class Runner:
             cached=sum(r.length for r in packed.plan.resident),
             patches=0 if vision is None else sum(len(m.pixels) for m in packed.media),
         )
-        values = output.values.cpu().numpy()[packed.rows]
+        return self._keep_answers(batch, _spread(output.values, places))
+
+    def _replay(self, batch: Sequence[Ready], graphs: Graphs) -> list[NDArray[np.float32]]:
+        """:meth:`run` in one piece, of prompts that fit a graph."""
+        packed = pack(
+            [ready.prompt for ready in batch],
+            self.model.config.vision.spatial_merge_size,
+            self.device,
+        )
+        places = _places(batch, packed.rows)
+        start = time.perf_counter()
+        values = self.model.head(graphs(packed.batch), [place.cut for place in places])
+        self.counters.add_seconds("text", time.perf_counter() - start)
+        self._count(batch, computed=len(packed.batch.ids))
+        return self._keep_answers(batch, _spread(values, places))
+
+    def _keep_answers(
+        self, batch: Sequence[Ready], values: list[NDArray[np.float32]]
+    ) -> list[NDArray[np.float32]]:
         for ready, value in zip(batch, values, strict=True):
             if ready.digest is not None:
                 self._answers.put(ready.digest, value)
@@ -246,6 +286,46 @@ class Runner:
             patches=sum(m.patches for ready in batch for m in ready.cost.media),
             patches_computed=patches,
         )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the prompts are that want vectors of one size.
+
+    Attributes:
+        prompts: their indices in the batch.
+        rows: of each of them in what ``cut`` gives.
+    """
+
+    cut: Cut
+    prompts: list[int]
+    rows: NDArray[np.intp]
+
+
+def _places(batch: Sequence[Ready], reads: NDArray[np.int64]) -> list[_Place]:
+    """For each size; ``reads`` has which of the batch's reads is each prompt's own."""
+    places = []
+    for size in dict.fromkeys(ready.size for ready in batch):
+        prompts = [i for i, ready in enumerate(batch) if ready.size == size]
+        own, rows = np.unique(reads[prompts], return_inverse=True)
+        places.append(_Place(Cut(size, own), prompts, rows))
+    return places
+
+
+def _spread(values: Sequence[Tensor], places: Sequence[_Place]) -> list[NDArray[np.float32]]:
+    """What the cuts gave, in the order of the prompts."""
+    found: dict[int, NDArray[np.float32]] = {}
+    for tensor, place in zip(values, places, strict=True):
+        rows = tensor.cpu().numpy()
+        found |= {i: rows[row] for i, row in zip(place.prompts, place.rows, strict=True)}
+    return [found[i] for i in range(len(found))]
+
+
+def _fits(batch: Sequence[Ready], graphs: Graphs) -> bool:
+    if any(ready.prompt.media for ready in batch):
+        return False
+    lengths = [len(ready.prompt.ids) for ready in batch]
+    return fit(lengths, graphs.buckets).bucket is not None
 
 
 def _levels(kept: Sequence[Tensor], computed: Sequence[Tensor]) -> list[Tensor]:

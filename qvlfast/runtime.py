@@ -23,6 +23,7 @@ from .config import ModelConfig, load_config, load_pixel_config
 from .dispatch import check_backend, choose_device, choose_ops
 from .engine import Engine
 from .errors import BackendError, QueueFull
+from .graphs import graphs_for
 from .inputs import Item
 from .media import MediaPolicy
 from .model import Model
@@ -174,6 +175,7 @@ class Runtime:
         vision_cache_bytes: int,
         queue_tokens: int | None,
         deterministic: bool,
+        cuda_graphs: bool,
         revision: str | None,
         local_files_only: bool,
     ) -> Runtime:
@@ -210,7 +212,10 @@ class Runtime:
             quantization=plan,
         )
         network = Model(config, weights, ops)
-        runner = Runner(network, torch_device, sharing)
+        graphs = None
+        if cuda_graphs:
+            graphs = graphs_for(network.hidden, torch_device, ops.name, batch_tokens)
+        runner = Runner(network, torch_device, sharing, graphs)
         engine = Engine(runner, budget, queue_work=queue_tokens or math.inf)
         return cls(config, prompter, engine, options)
 

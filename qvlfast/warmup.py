@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import Batch, pack
+from .batch import Batch, Cut, pack
 from .config import ModelConfig
 from .errors import BackendError
 from .memory import META, Setup, shortened, stand_in_prompt, stand_in_weights
@@ -87,14 +88,25 @@ def compile_model(
     try:
         with compiling_for(target, progress) as compiler:
             ops = TritonOps(META)
+            like: Any = {"device": META, "dtype": setup.dtype}
             for head in (False, True) if reranker is None else (reranker,):
                 weights = stand_in_weights(small, setup, prepare, reranker=head)
                 model = Model(small, weights, ops)
                 for batch in batches(small, pictures=pictures):
                     model.forward(batch)
+                if not head:
+                    for cut in _cuts(small.text.hidden_size):
+                        model.head(torch.empty(2, small.text.hidden_size, **like), [cut])
     except RefusalError as error:
         raise BackendError(f"backend 'triton' refuses {error}") from error
     return {op: len(made) for op, made in sorted(compiler.compiled.items())}
+
+
+def _cuts(full: int) -> Iterator[Cut]:
+    """Whole vectors, and those cut to a multiple of 16 or to another size; of all or some reads."""
+    for size in (None, full, full - 1):
+        for count in (1, 2):
+            yield Cut(size, np.arange(count))
 
 
 def cache_folder() -> str:

@@ -60,7 +60,7 @@ class StandIn:
         yield
         return [torch.zeros(len(batch.positions[0]) // 4, 1)]
 
-    def text(self, batch, levels=(), resident=(), keep=()):
+    def text(self, batch, levels=(), resident=(), keep=(), *, cuts):
         last = batch.ids[torch.from_numpy(batch.read)]
         self.begun.append(last.tolist())
         self.gate.wait(10)
@@ -71,7 +71,7 @@ class StandIn:
         values[last == 800] = torch.nan
         keys = torch.zeros(len(batch.ids), 1, 1)
         return SimpleNamespace(
-            values=values[:, None].repeat(1, 3),
+            values=tuple(values[cut.reads, None].repeat(1, cut.size or 3) for cut in cuts),
             kept=tuple(((keys[span].clone(), keys[span].clone()),) for span in keep),
         )
 

@@ -173,12 +173,13 @@ def test_rerank(small_checkpoint: Path, tmp_path: Path) -> None:
     assert len(out.splitlines()) == 1
 
 
-OPTIONS = ("--quantization", "int8", "--backend", "native", "--deterministic")
+OPTIONS = ("--quantization", "int8", "--backend", "native", "--deterministic", "--no-cuda-graphs")
 CACHES = ("--cache-bytes", "0", "--vision-cache-bytes", "1.5M")
 LOADING = {
     "quantization": "int8",
     "backend": "native",
     "deterministic": True,
+    "cuda_graphs": False,
     "cache_bytes": 0,
     "vision_cache_bytes": 3 << 19,
 }

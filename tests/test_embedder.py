@@ -28,6 +28,8 @@ from qvlfast import (
     InputError,
     TruncationWarning,
 )
+from qvlfast.model import drain
+from qvlfast.vectors import cut
 from tests.samples import Film, picture, write_film
 
 TEXTS = ["one", "two words", "three little words"]
@@ -72,6 +74,45 @@ def test_matryoshka(embedder: Embedder) -> None:
     for bad in (0, -1, embedder.dimensions + 1):
         with pytest.raises(ValueError, match=f"dimensions is {bad}"):
             embedder.encode(TEXTS, dimensions=bad)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference", "triton"])
+def test_the_model_itself_cuts_vectors(tiny_checkpoint: Path, backend: str) -> None:
+    """Of what is wanted the backend's ``pool`` makes unit vectors; the host only passes it on."""
+    with Embedder.from_pretrained(tiny_checkpoint, device="cpu", backend=backend) as embedder:
+        ops: Any = embedder._runtime.engine.model.ops
+        pool, sizes, made = ops.pool, [], []
+
+        def spy(*args: Any, size: int | None = None, **rest: Any) -> torch.Tensor:
+            sizes.append(size)
+            made.append(pool(*args, size=size, **rest))
+            return made[-1]
+
+        ops.pool = spy
+        raw = embedder.encode("one", normalize=False)
+        got = [embedder.encode("one", dimensions=size) for size in (None, 24, 1)]
+        assert sizes == [None, embedder.dimensions, 24, 1]
+        for vector, size, tensor in zip(got, sizes[1:], made[1:], strict=True):
+            np.testing.assert_allclose(vector, cut(raw[None], size, True)[0], rtol=0, atol=1e-6)
+            np.testing.assert_array_equal(vector, tensor[0].numpy())
+
+
+def test_a_batch_may_hold_vectors_of_several_sizes(embedder: Embedder) -> None:
+    """Equal inputs among them, which are computed once; each is what it is alone, bit for bit."""
+    runner = embedder._runtime.engine._runner
+    wanted = [("one", None), ("two", 8), ("one", 8), ("three", None), ("two", 24), ("two", 8)]
+
+    def run(some: list[tuple[str, int | None]]) -> list[np.ndarray]:
+        return drain(
+            runner.run([runner.ready(embedder._request(t, None)(), True, n) for t, n in some])
+        )
+
+    together = run(wanted)
+    assert [len(vector) for vector in together] == [n or embedder.dimensions for _, n in wanted]
+    for one, vector in zip(wanted, together, strict=True):
+        np.testing.assert_array_equal(vector, run([one])[0])
+    full, short = together[0], together[2]
+    np.testing.assert_allclose(short, cut(full[None], 8, True)[0], rtol=0, atol=1e-6)
 
 
 def test_vector_types(embedder: Embedder) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qvlfast.graphs import Graphs
+from qvlfast.graphs import graphs_for
 from tests.test_graphs import load, texts
 
 pytestmark = pytest.mark.gpu
@@ -15,10 +15,9 @@ CUDA = torch.device("cuda")
 
 
 def test_replays_equal_running(tiny_checkpoint: Path) -> None:
-    from qvlfast.kernels import attention
-
     model = load(tiny_checkpoint, CUDA, "triton", torch.bfloat16)
-    graphs = Graphs(model.forward, keep=lambda: list(attention._PLANS.values()))
+    graphs = graphs_for(model.forward, CUDA, model.ops.name, 1024)
+    assert graphs is not None
     for lengths in ((5,), (7,), (16, 3), (200,), (6,), (300,), (2, 15)):
         batch = texts(model, *lengths, device=CUDA)
         expected = model.forward(batch)
@@ -29,10 +28,9 @@ def test_replays_equal_running(tiny_checkpoint: Path) -> None:
 
 
 def test_a_replay_is_repeatable(tiny_checkpoint: Path) -> None:
-    from qvlfast.kernels import attention
-
     model = load(tiny_checkpoint, CUDA, "triton", torch.bfloat16)
-    graphs = Graphs(model.forward, keep=lambda: list(attention._PLANS.values()))
+    graphs = graphs_for(model.forward, CUDA, model.ops.name, 1024)
+    assert graphs is not None
     batch, other = texts(model, 9, device=CUDA), texts(model, 12, device=CUDA)
     first = graphs(batch).clone()
     graphs(other)

@@ -90,7 +90,8 @@ def test_quantised_embedder(odd_checkpoint: Path, form: str) -> None:
     assert LAUNCHES[f"gated_linear_{form}"] == layers
     # Norms quantise in their own pass; what goes into o_proj, down_proj, proj and fc2 does not.
     assert LAUNCHES["quantise_rows"] == 2 * layers + 2 * blocks
-    assert LAUNCHES["rms_norm"] == 3 * layers
+    # The first projections share theirs, but in the last layer, where the queries are fewer.
+    assert LAUNCHES["rms_norm"] == 2 * layers + 1
     truth = vectors(odd_checkpoint, "reference", ITEMS[1:2])
     allowed = vectors(odd_checkpoint, "reference", ITEMS[1:2], quantization=plan) - truth
     assert 0 < np.linalg.norm(got - truth) <= 1.5 * np.linalg.norm(allowed)

@@ -75,10 +75,10 @@ def test_an_urgent_request_to_one_model_passes_the_bulk_job_of_another() -> None
         model = engine.model
         text = model.text
 
-        def noted(*given, text=text, name=name):
+        def noted(*given, text=text, name=name, **named):
             order.append(name)
             yield from ()
-            return (yield from text(*given))
+            return (yield from text(*given, **named))
 
         model.text = noted
     try:

@@ -63,7 +63,7 @@ SCRIPT = """
 import json, sys
 import numpy as np, torch
 from pathlib import Path
-from qvlfast.batch import pack
+from qvlfast.batch import Cut, pack
 from qvlfast.config import load_config
 from qvlfast.memory import META, Setup, shortened, stand_in_prompt, stand_in_weights
 from qvlfast.model import Model
@@ -87,6 +87,9 @@ with compiling_for("sm_80") as compiler:
             tokens = int(rng.integers(1, 300))
             prompts.append(stand_in_prompt(config, tokens, grid, is_video=kind == 7))
         model.forward(pack(prompts, 2, META, share=bool(rng.integers(2))).batch)
+        hidden = torch.empty(9, small.text.hidden_size, device=META, dtype=torch.bfloat16)
+        size = [None, int(rng.integers(2, small.text.hidden_size + 1))][rng.integers(2)]
+        model.head(hidden, [Cut(size, np.arange(rng.integers(1, 10)))])
 extra = {op: len(new) for op, new in compiler.compiled.items()}
 print(json.dumps([made, extra]))
 """

@@ -85,6 +85,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         help="equal inputs give equal bits in any batch, or the model is not loaded; needs the "
         "native backend",
     )
+    group.add_argument(
+        "--no-cuda-graphs",
+        action="store_true",
+        help="launch each kernel of short batches of text, where the triton backend would replay "
+        "a CUDA graph",
+    )
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +189,7 @@ def model_arguments(options: argparse.Namespace) -> dict[str, Any]:
         "quantization": options.quantization,
         "backend": options.backend,
         "deterministic": options.deterministic,
+        "cuda_graphs": not options.no_cuda_graphs,
         "truncate": not options.no_truncate,
         "min_pixels": options.min_pixels,
         "max_pixels": options.max_pixels,

@@ -10,10 +10,11 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Batch, VisionBatch
+from ..batch import Batch, Cut, VisionBatch
 from ..cache import KeysValues
 from ..config import ModelConfig
 from ..ops import Ops
@@ -29,11 +30,11 @@ T = TypeVar("T")
 class Output:
     """
     Attributes:
-        values: vectors ``[R, hidden_size]`` or scores ``[R]``, float32.
+        values: for each cut its vectors ``[N, size]`` or scores ``[N]``, float32.
         kept: for each span asked for, keys and values of every layer.
     """
 
-    values: Tensor
+    values: tuple[Tensor, ...]
     kept: tuple[tuple[KeysValues, ...], ...]
 
 
@@ -57,12 +58,15 @@ class Model:
         levels: Sequence[Tensor] = (),
         resident: Sequence[Sequence[KeysValues]] = (),
         keep: Sequence[slice] = (),
+        *,
+        cuts: Sequence[Cut],
     ) -> Generator[None, None, Output]:
         """Vectors or scores of ``batch.read``.
 
         Args:
             levels: of :meth:`vision`, or empty; ``batch.visual_rows`` says which rows go where.
             resident, keep: see :func:`qvlfast.model.text.text_forward`.
+            cuts: which of them are wanted in which form.
         """
         rows = [level[batch.visual_rows] for level in levels]
         output = yield from text_forward(
@@ -75,13 +79,28 @@ class Model:
             resident,
             keep,
         )
-        values = head_forward(self.ops, self.weights, self.config.text, output)
-        return Output(values, output.kept)
+        return Output(self._head(output.hidden, output.read, cuts), output.kept)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> Tensor:
+        """``[R, hidden_size]``: the read tokens of a batch of text before the final norm."""
+        pieces = text_forward(self.ops, self.weights.text, self.config.text, batch)
+        output = drain(pieces)
+        return output.hidden if output.read is None else output.hidden[output.read]
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
+        """What :meth:`text` gives of ``hidden``, which is that of :meth:`hidden`."""
+        return self._head(hidden, None, cuts)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Both stages at once: the vectors or scores of ``batch.read``."""
+        """Both stages at once: whole vectors, or scores, of ``batch.read``."""
         levels = [] if batch.vision is None else drain(self.vision(batch.vision))
-        return drain(self.text(batch, levels)).values
+        whole = Cut(None, np.arange(len(batch.read)))
+        return drain(self.text(batch, levels, cuts=[whole])).values[0]
+
+    def _head(self, hidden: Tensor, read: Tensor | None, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
+        return head_forward(self.ops, self.weights, self.config.text, hidden, read, cuts)
 
 
 def drain(pieces: Generator[None, None, T]) -> T:

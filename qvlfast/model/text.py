@@ -13,7 +13,7 @@ from torch import Tensor
 from ..batch import Batch, Window
 from ..cache import KeysValues
 from ..config import TextConfig
-from ..ops import Forest, Ops
+from ..ops import Forest, Linear, Ops, Rows
 from ..weights import TextLayer, TextWeights
 
 
@@ -66,7 +66,8 @@ def text_forward(
     for index, layer in enumerate(weights.layers):
         parts = []
         for window in windows:
-            parts.append(_keys_values(ops, layer, config, x[window.rows], _at(tables, window.rows)))
+            normed = _normed(ops, layer, config, x[window.rows], layer.kv_proj)
+            parts.append(_keys_values(ops, layer, config, normed, _at(tables, window.rows)))
             if len(windows) > 1:
                 yield
         past = [segment[index] for segment in resident]
@@ -77,17 +78,28 @@ def text_forward(
             layers.append((_copied(k[rows]), _copied(v[rows])))
         if prune and index == last:
             own = batch.read_rows
-            args = (x[own], _at(tables, own), k, v, batch.forest)
-            x = _attend_and_mix(ops, layer, config, *args, batch.read)
+            x = x[own]
+            normed = _normed(ops, layer, config, x, layer.q_proj)
+            q = _queries(ops, layer, config, normed, _at(tables, own))
+            x = _attend_and_mix(ops, layer, config, x, q, k, v, batch.forest, batch.read)
         elif len(windows) == 1:
-            x = _attend_and_mix(ops, layer, config, x, tables, k, v, batch.forest)
+            if layer.q_proj.rows != layer.kv_proj.rows:
+                normed = _normed(ops, layer, config, x, layer.q_proj)
+            q = _queries(ops, layer, config, normed, tables)
+            del normed  # not beside what follows, which takes the most memory
+            x = _attend_and_mix(ops, layer, config, x, q, k, v, batch.forest)
         else:
             # In place: keys and values of the layer are there already, and nothing else of a token
-            # is looked at by others.
+            # is looked at by others. Rows are normed a second time: to keep those of all windows
+            # would take as much memory as the hidden states.
             for window in windows:
                 here, keys = window.rows, int(window.forest.cu_k[-1])
-                args = (x[here], _at(tables, here), k[:keys], v[:keys], window.forest)
-                x[here] = _attend_and_mix(ops, layer, config, *args)
+                normed = _normed(ops, layer, config, x[here], layer.q_proj)
+                q = _queries(ops, layer, config, normed, _at(tables, here))
+                del normed
+                x[here] = _attend_and_mix(
+                    ops, layer, config, x[here], q, k[:keys], v[:keys], window.forest
+                )
                 yield
         if index < len(deepstack):
             ops.add_rows(x, batch.visual_index, deepstack[index])
@@ -109,13 +121,24 @@ def _copied(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _normed(ops: Ops, layer: TextLayer, config: TextConfig, x: Tensor, projection: Linear) -> Rows:
+    """The rows of ``x`` as one of the layer's first projections wants them."""
+    return ops.rms_norm(x, layer.input_norm, config.norm_eps, rows=projection.rows)
+
+
 def _keys_values(
-    ops: Ops, layer: TextLayer, config: TextConfig, x: Tensor, tables: tuple[Tensor, Tensor]
+    ops: Ops, layer: TextLayer, config: TextConfig, normed: Rows, tables: tuple[Tensor, Tensor]
 ) -> KeysValues:
-    normed = ops.rms_norm(x, layer.input_norm, config.norm_eps, rows=layer.kv_proj.rows)
     both = ops.linear(normed, layer.kv_proj).chunk(2, dim=1)
     k, v = (half.unflatten(1, (-1, config.head_dim)) for half in both)
     return ops.norm_rope(k, layer.k_norm, *tables, config.norm_eps), v
+
+
+def _queries(
+    ops: Ops, layer: TextLayer, config: TextConfig, normed: Rows, tables: tuple[Tensor, Tensor]
+) -> Tensor:
+    q = ops.linear(normed, layer.q_proj).unflatten(1, (-1, config.head_dim))
+    return ops.norm_rope(q, layer.q_norm, *tables, config.norm_eps)
 
 
 def _attend_and_mix(
@@ -123,16 +146,13 @@ def _attend_and_mix(
     layer: TextLayer,
     config: TextConfig,
     x: Tensor,
-    tables: tuple[Tensor, Tensor],
+    q: Tensor,
     k: Tensor,
     v: Tensor,
     forest: Forest,
     read: NDArray[np.int64] | None = None,
 ) -> Tensor:
     """The rest of a layer for some tokens; arguments as in :func:`qvlfast.ops.attention`."""
-    normed = ops.rms_norm(x, layer.input_norm, config.norm_eps, rows=layer.q_proj.rows)
-    q = ops.linear(normed, layer.q_proj).unflatten(1, (-1, config.head_dim))
-    q = ops.norm_rope(q, layer.q_norm, *tables, config.norm_eps)
     scale = config.head_dim**-0.5
     attended = ops.attention(q, k, v, forest, causal=True, scale=scale, read=read)
     x = ops.linear(attended.flatten(1), layer.o_proj, residual=x)
