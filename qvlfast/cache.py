@@ -286,8 +286,7 @@ class VisionCache(_DigestCache[Tensor]):
 
 
 class AnswerCache(_DigestCache[NDArray[np.float32]]):
-    """What the model answered, by :attr:`qvlfast.prompt.Prompt.digest`: vectors or scores, before
-    they are cut or scaled for a caller.
+    """What the model answered, by :attr:`qvlfast.prompt.Prompt.digest` and size: vectors or scores.
 
     Args:
         budget: bytes; 0 keeps nothing.
@@ -297,7 +296,7 @@ class AnswerCache(_DigestCache[NDArray[np.float32]]):
         super().__init__(budget, _ANSWER_OVERHEAD)
 
     def get(self, digest: bytes) -> NDArray[np.float32] | None:
-        """``[hidden_size]`` or ``[]``, the caller's own; or None."""
+        """``[size]`` or ``[]``, the caller's own; or None."""
         found = self._find(digest)
         return None if found is None else found.copy()
 
