@@ -181,7 +181,7 @@ def set_comparison(
     judged = judge(setting, texts, documents, pictures, answer=False)
     cosines = judged.cosines()
     wrong, right = cosines[:, 1:].mean(), cosines[:, 0].mean()
-    gap = (right - wrong).clamp(min=0.1)
+    gap = (right - wrong).clamp(min=0.25)  # before training they are hardly apart
     steep = _STEEP / gap
     heads, size = SHAPE.heads, SHAPE.head_dim
     thresholds = wrong + gap * (torch.arange(heads) + 1) / (heads + 1)

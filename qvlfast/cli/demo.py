@@ -1,8 +1,8 @@
 """Search emoji pictures by words, in several languages.
 
-Everything is in the package: a small trained embedder and the pictures. Each WORDS is a query of
-its own; without any, built-in queries and one picture are asked. The table shows the best of each
-query, after reranking if --reranker names a model, and a contact sheet is drawn.
+Everything is in the package: a small trained embedder, a small trained reranker and the pictures.
+Each WORDS is a query of its own; without any, built-in queries and one picture are asked. The table
+shows the best of each query after reranking, and a contact sheet is drawn.
 """
 
 from __future__ import annotations
