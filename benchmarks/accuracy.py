@@ -2,7 +2,8 @@
 
 On the trained embedder that comes along: retrieval of :mod:`benchmarks.quality`, with Matryoshka
 cuts and vector types, and cosines to bfloat16. On the trained reranker: the order in which it puts
-the same pictures, and how often the right one comes first. On a random model of full size, as it is and with what makes real ones hard to round: outlier
+the same pictures, and how often the right one comes first.
+On a random model of full size, as it is and with what makes real ones hard to round: outlier
 channels behind the norms, and massive activations in ``down_proj``'s input (``--full``).
 """
 

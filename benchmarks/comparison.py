@@ -24,7 +24,8 @@ from qvlfast.prompt import Prompt
 from . import small_model as small
 from .training import Setting
 
-SHAPE = replace(small.SHAPE, layers=small.SHAPE.layers + 2)
+# Narrower than the embedder, or what ships were too large.
+SHAPE = replace(small.SHAPE, layers=small.SHAPE.layers + 2, ffn=416)
 COMPARED = SHAPE.layers - 1  # the layer
 COORDINATES = 64
 # Tokens of the template, each once in a prompt, whatever the query and the instruction are.

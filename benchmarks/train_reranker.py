@@ -25,6 +25,7 @@ from . import small_model as small
 from .comparison import (
     COMPARED,
     COORDINATES,
+    OTHER,
     RESERVED,
     SHAPE,
     Judged,
@@ -50,12 +51,13 @@ from .training import (
 )
 
 # Steps without lists; in each so many groups of so many emoji that are alike.
-PREPARED, GROUPS, GROUP = 1200, 24, 6
+PREPARED, GROUPS, GROUP = 1000, 24, 6
 LISTS, LIST_LENGTH = 16, 8  # of a step
 ASIDE = 144  # queries of a step that are read without documents
 MEASURED, MEASURED_LENGTH = 64, 5  # lists that the comparison is set by
 TOP = 20  # documents of the embedder that a list is drawn from
 FIRST, SURE = 1.0, 0.3  # shares of the loss, besides what is told
+EVEN = 20.0  # another share: thresholds are as exact as states are of one size
 TIGHT = 10.0  # inverse temperature of what is told
 TOLD_LENGTHS = (SHAPE.hidden - RESERVED, COORDINATES)
 GALLERIES = 3
@@ -143,6 +145,8 @@ def reranker_step(setting: Setting, anchors: Tensor, found: Found, step: int) ->
     )
     states = torch.cat((judged.asked, ask(setting, aside.texts)))
     loss = told_loss(anchors, states, both, judged.shown.flatten(0, 1), drawn)
+    size_of = judged.shown[..., :COORDINATES].norm(dim=-1) / judged.shown[..., OTHER]
+    loss = loss + EVEN * size_of.log().var()
     if judged.logits is None:
         return loss
     answers = torch.zeros_like(judged.logits)
@@ -247,9 +251,12 @@ def report_reranker(
 
 
 def grow(out: Path, embedder: Any) -> Any:
-    """The embedder with a layer more that says little yet, and one that is not trained."""
+    """The embedder with a layer more that says little yet, and one that is not trained; a few units
+    of its feed-forward nets are left out."""
     model = small.make_model(out, SEED)
-    model.load_state_dict(embedder.state_dict(), strict=False)
+    own, state = model.state_dict(), embedder.state_dict()
+    corners = {n: tuple(slice(size) for size in p.shape) for n, p in own.items() if n in state}
+    model.load_state_dict({n: state[n][corner] for n, corner in corners.items()}, strict=False)
     text = model.model.language_model
     quieten(text.layers[COMPARED - 1])
     last = text.layers[COMPARED]
