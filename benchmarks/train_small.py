@@ -21,7 +21,7 @@ from .team import together
 from .train_embedder import train_embedder
 from .train_reranker import train_reranker
 
-STEPS = {"embedder": 500, "reranker": 800}
+STEPS = {"embedder": 500, "reranker": 1050}
 RATE = 1.5e-3
 
 
