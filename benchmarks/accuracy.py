@@ -1,8 +1,8 @@
 """What quantisation costs: ``python -m benchmarks.accuracy``; docs/accuracy.md reads the result.
 
 On the trained embedder that comes along: retrieval of :mod:`benchmarks.quality`, with Matryoshka
-cuts and vector types, and cosines to bfloat16. With ``--reranker`` the order in which one puts the
-same pictures.
+cuts and vector types, and cosines to bfloat16. On the trained reranker: the order in which it puts
+the same pictures, and how often the right one comes first.
 On a random model of full size, as it is and with what makes real ones hard to round: outlier
 channels behind the norms, and massive activations in ``down_proj``'s input (``--full``).
 """
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from qvlfast import Embedder, Quantization, Reranker
-from qvlfast.gallery import EMBEDDER
+from qvlfast.gallery import EMBEDDER, RERANKER
 from qvlfast.vectors import VectorType, convert, cut, similarity
 
 from .checkpoints import write_checkpoint
@@ -49,7 +49,7 @@ CUTS: tuple[tuple[int, VectorType], ...] = (
     (64, "int8"),
     (64, "binary"),
 )
-RERANKED = 100  # queries of each group
+RERANKED = 400  # queries of each group
 # Channels behind each norm, and rows of gate and up, that are made larger by so much.
 OUTLIERS, OUTLIER_FACTOR = 6, 24.0
 MASSIVE, MASSIVE_FACTOR = 3, 36.0
@@ -174,14 +174,16 @@ def score_embedder(card: Card, groups: Mapping[str, Sequence[Wording]]) -> NDArr
 def score_reranker(
     card: Card, folder: Path, groups: Mapping[str, Sequence[Wording]], tops: NDArray[np.int64]
 ) -> None:
-    """How alike the orders of the same pictures are: pairs in the same order as in bfloat16."""
+    """How alike the orders of the same pictures are: pairs in the same order as in bfloat16; and
+    how often a right picture comes first."""
     pictures = draw_gallery()
-    texts = [w.text for wordings in groups.values() for w in wordings[:RERANKED]]
+    asked = [w for wordings in groups.values() for w in wordings[:RERANKED]]
     pairs = [
-        (text, {"image": pictures[i]})
-        for text, top in zip(texts, tops.tolist(), strict=True)
+        (wording.text, {"image": pictures[i]})
+        for wording, top in zip(asked, tops.tolist(), strict=True)
         for i in top
     ]
+    names = np.array([name for name, rows in groups.items() for _ in rows[:RERANKED]])
     scores: dict[str, NDArray[np.float64]] = {}
     for plan in ("bf16", *(plan for plan in PLANS if plan != "bf16")):
         with Reranker.from_pretrained(folder, **settings(plan)) as reranker:
@@ -194,6 +196,10 @@ def score_reranker(
         firsts = (own.argmax(axis=1) == base.argmax(axis=1)).astype(np.float64)
         card.add("reranker", plan, "all", "same first", firsts)
         card.add("reranker", plan, "all", "score distance", np.abs(own - base).mean(axis=1))
+        best = np.take_along_axis(tops, own.argmax(axis=1)[:, None], axis=1)[:, 0].tolist()
+        hits = [float(i in wording.targets) for i, wording in zip(best, asked, strict=True)]
+        for group in groups:
+            card.add("reranker", plan, group, "recall@1", np.array(hits)[names == group])
 
 
 def plant_outliers(folder: Path) -> None:
@@ -249,15 +255,14 @@ def score_full(card: Card, shape: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--full", metavar="SHAPE", help="also a random model of this shape: 2b")
-    parser.add_argument("--reranker", type=Path, help="a trained reranker's folder")
+    parser.add_argument("--reranker", type=Path, default=RERANKER, help="its folder")
     parser.add_argument("--queries", type=int, help="at most so many of each group")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.csv")
     options = parser.parse_args(arguments)
     groups = {name: rows[: options.queries] for name, rows in read_evaluation(EVALUATION).items()}
     card = Card()
     tops = score_embedder(card, groups)
-    if options.reranker:
-        score_reranker(card, options.reranker, groups, tops)
+    score_reranker(card, options.reranker, groups, tops)
     if options.full:
         score_full(card, options.full)
     options.out.unlink(missing_ok=True)

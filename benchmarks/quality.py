@@ -9,8 +9,8 @@ a size, place and background that training never saw; the queries are committed,
 
 A query is answered where a picture of any emoji that its language calls so comes first (recall@1)
 or among the first ten (recall@10); MRR is the mean of one over its place. Intervals are 95%
-bootstrap over queries. With ``--reranker`` a second part reranks the first 20 pictures of each
-query; its last lines are what that gains, with intervals of the difference for the same queries.
+bootstrap over queries. Then the first 20 pictures of each query are reranked; the last lines are
+what that gains, with intervals of the difference for the same queries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from PIL import Image
 
 from benchmarks.records import commit, machine
 from qvlfast import Embedder, Reranker
-from qvlfast.gallery import EMBEDDER, load_gallery
+from qvlfast.gallery import EMBEDDER, RERANKER, load_gallery
 from qvlfast.vectors import VECTOR_TYPES, VectorType, convert, cut, similarity
 
 from .emoji_data import EVALUATION, Wording, read_evaluation, render
@@ -233,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.quality", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--model", type=Path, default=EMBEDDER)
-    parser.add_argument("--reranker", type=Path, help="without one, nothing is reranked")
+    parser.add_argument("--reranker", type=Path, default=RERANKER)
+    parser.add_argument("--embedder-only", action="store_true", help="rerank nothing")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="of both models")
     parser.add_argument("--dimensions", type=int, nargs="+", help="lengths; all 192 by default")
@@ -247,7 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     groups = {name: rows[: options.queries] for name, rows in read_evaluation(options.data).items()}
     place = {"device": options.device, "dtype": options.dtype}
-    reranker = Reranker.from_pretrained(options.reranker, **place) if options.reranker else None
+    reranker = None
+    if not options.embedder_only:
+        reranker = Reranker.from_pretrained(options.reranker, **place)
     with Embedder.from_pretrained(options.model, **place) as embedder:
         rows = evaluate(
             embedder,

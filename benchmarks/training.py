@@ -299,6 +299,7 @@ def train(
     loss_of: Callable[[int], Tensor],
     report: Callable[[], dict[str, float]],
     after_report: Callable[[], None] = lambda: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Train a model, from its beginning or from where the run was stopped.
 
@@ -307,6 +308,7 @@ def train(
         loss_of: the loss of a step, by its number alone.
         report: scores to log beside the loss.
         after_report: called when the state is written.
+        after_step: called when the optimizers have changed the weights.
     """
     model.train()
     optimizers = make_optimizers(model, list(extra.values()), run.peak)
@@ -333,6 +335,7 @@ def train(
         team.average((*model.parameters(), *extra.values()))
         for optimizer in optimizers:
             optimizer.step()
+        after_step()
         losses.append(loss.item())
         if not team.leads:
             continue

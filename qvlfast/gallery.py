@@ -16,6 +16,7 @@ from PIL import Image
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDER = ASSETS / "emoji-embedder"
+RERANKER = ASSETS / "emoji-reranker"
 SPRITE_SIZE = 96
 
 _SHEET = ASSETS / "emoji-gallery.webp"

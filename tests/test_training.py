@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,19 +58,71 @@ def test_tokens_learn_what_the_last_layer_then_copies(
     assert scores.argmax(1).tolist() == list(range(len(NAMES)))
 
 
-def test_the_comparison_multiplies_query_and_document(setting: training.Setting) -> None:
+def compared(setting: training.Setting) -> comparison.Judged:
+    """Four queries with six documents each, read after the comparison was set."""
     documents = torch.arange(24).reshape(4, 6)
     drawn = pictures(24, 64)
-    texts = list(NAMES[:4])
-    comparison.add_comparison(setting, texts, documents, drawn)
+    comparison.reserve(setting)
+    comparison.set_comparison(setting, list(NAMES[:4]), documents, drawn)
     with torch.no_grad():
-        judged = comparison.judge(setting, texts, documents, drawn)
-    size = comparison.COORDINATES
-    product = (judged.asked[..., :size] * judged.shown[..., :size]).sum(-1)
-    for logits, expected in zip(judged.logits, product, strict=True):
-        # The norms before and in the layer divide each pair by another number.
-        assert np.corrcoef(logits, expected)[0, 1] > 0.8
-    assert judged.logits.mean() == pytest.approx(comparison.LIKELY, abs=1)
+        return comparison.judge(setting, list(NAMES[:4]), documents, drawn)
+
+
+def test_the_comparison_orders_documents_by_the_cosine(
+    setting: training.Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer alone, on states of one size: prompts of five tokens, the second before the
+    query, the fourth behind it."""
+    measured = torch.tensor([[0.6] + 5 * [0.1]] * 4)  # as after some training
+    monkeypatch.setattr(comparison.Judged, "cosines", lambda _: measured)
+    compared(setting)
+    count, width = 200, comparison.SHAPE.hidden
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(count, 5, width, generator=generator)
+    content = torch.nn.functional.normalize(states[..., : comparison.COORDINATES], dim=-1)
+    cosines = torch.linspace(-0.9, 0.95, count)
+    asked, other = content[:, 3], content[:, 4]
+    across = torch.nn.functional.normalize(
+        other - (other * asked).sum(-1, keepdim=True) * asked, dim=-1
+    )
+    content[:, 4] = cosines[:, None] * asked + (1 - cosines**2).sqrt()[:, None] * across
+    states[..., : comparison.COORDINATES] = 8 * content
+    states[..., -comparison.RESERVED :] = 0
+    kinds = (comparison.OTHER, comparison.SINK, comparison.OTHER, comparison.MARK, comparison.OTHER)
+    for place, channel in enumerate(kinds):
+        states[:, place, channel] = 1
+    text = setting.text
+    last = SimpleNamespace(
+        embed_tokens=lambda _: states,
+        rotary_emb=text.rotary_emb,
+        layers=text.layers[comparison.COMPARED :],
+        norm=text.norm,
+    )
+    positions = torch.tensor([0, 10, 20, 30, 60]).expand(3, count, 5)
+    ids = torch.zeros((count, 5), dtype=torch.int64)
+    rows = small.Rows(ids, positions, torch.full((count,), 4), ids[:, :0])
+    with torch.no_grad():
+        final = small.read(last, rows, [], None)[0]
+        logits = final @ comparison.answer_direction(setting)
+    assert logits[0] < -4 and logits[-1] > 4
+    places = logits.argsort().argsort()
+    assert np.corrcoef(places, np.arange(count))[0, 1] > 0.98
+
+
+def test_no_layer_writes_to_the_channels_of_the_comparison(setting: training.Setting) -> None:
+    judged = compared(setting)
+    asked, shown = (x[..., -comparison.RESERVED :] for x in (judged.asked, judged.shown))
+    mark, sink, other, answer, level = range(comparison.RESERVED)
+    assert asked[..., mark].min() > 0 and shown[..., other].min() > 0
+    assert not asked[..., [sink, other, answer, level]].any()
+    assert not shown[..., [mark, sink, answer, level]].any()
+
+
+def test_a_query_is_read_alike_with_and_without_a_document(setting: training.Setting) -> None:
+    judged = compared(setting)
+    with torch.no_grad():
+        alone = comparison.ask(setting, list(NAMES[:4]))
+    assert (judged.asked - alone).abs().max() < FORWARD
 
 
 class KilledError(Exception):
