@@ -16,7 +16,7 @@ from .records import RESULTS
 from .svg import Bar, Chart, Column, Groups, Panel, Scale, linear, logarithmic, render
 
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
-FORMATS = ("float32", "bf16", "int8", "int4", "fp8")
+FORMATS = ("float32", "bf16", "int8", "int4", "fp8", "int8+vision", "int4+vision")
 
 Row = Mapping[str, str]
 # A run's circumstances, with which rows are compared among themselves.

@@ -27,6 +27,7 @@ text{fill:#1f2328}.page{fill:#ffffff}.soft{fill:#59636e;font-size:11px}
 .grid{stroke:#e3e7eb}.base{stroke:#8c959f}.mark{stroke:#59636e;stroke-dasharray:4 3}
 .range{stroke:#59636e;stroke-width:1.2}
 .c0{fill:#8c959f}.c1{fill:#0072b2}.c2{fill:#e69f00}.c3{fill:#009e73}.c4{fill:#cc79a7}
+.c5{fill:#d55e00}.c6{fill:#56b4e9}
 @media (prefers-color-scheme:dark){
 text{fill:#e6edf3}.page{fill:#0d1117}.soft{fill:#9198a1}.value{stroke:#0d1117}
 .grid{stroke:#262c36}.base{stroke:#656c76}.mark{stroke:#9198a1}.range{stroke:#9198a1}
