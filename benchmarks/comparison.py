@@ -211,12 +211,13 @@ def set_comparison(
     attention.q_norm.weight[_THRESHOLD] = steep * scale / _SHARE
     attention.q_norm.weight[_REST] = _FAR * scale / _SHARE
     attention.k_norm.weight.fill_(1)
-    # Values are how much more the last token attends to the one than to the other, and 1.
-    for channel, state, sign in ((MARK, judged.asked, 1), (SINK, before, -1)):
-        unit = 1 / state[..., channel].mean()
-        value[0, channel], value[1, channel] = sign * unit, unit
+    # How much the last token attends to the one and to the other: the difference is the answer, and
+    # the sum is 1. A row of one weight, or of equal ones, stays what it is when it is quantised.
     into = out.view(-1, heads, size)
-    into[ANSWER, :, 0] = into[LEVEL, :, 1] = _LEVEL_SIZE / heads
+    for i, (channel, state, sign) in enumerate(((MARK, judged.asked, 1), (SINK, before, -1))):
+        value[i, channel] = 1 / state[..., channel].mean()
+        into[ANSWER, :, i] = sign * _LEVEL_SIZE / heads
+        into[LEVEL, :, i] = _LEVEL_SIZE / heads
     final.weight.zero_()
     final.weight[ANSWER] = _RANGE
 
