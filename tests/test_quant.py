@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from qvlfast import CheckpointError, Embedder, Quantization, Reranker
 from qvlfast.backends.native import NativeOps
+from qvlfast.batch import PieceLimits
 from qvlfast.checkpoint import Checkpoint
 from qvlfast.cli import main
+from qvlfast.model import Model
 from qvlfast.ops import Ops, QuantisedRows
 from qvlfast.ops.rows import quantise_rows
 from qvlfast.quant import FORMATS, Int4Weight, Int8Weight, quantise
@@ -233,6 +236,34 @@ def test_a_reranker_can_be_quantised(odd_checkpoint: Path) -> None:
             return float(reranker.rank("query", ["a document"])[0]["score"])
 
     assert 0 < abs(score("int8") - score(None)) < 0.05
+
+
+def test_a_layer_of_which_only_keys_and_values_are_quantised(odd_checkpoint: Path) -> None:
+    """As in files whose makers left out some linears: each gets its rows in its own form."""
+    items = ["a text of some words", "another"]
+    found = []
+    for pieces in (PieceLimits(1 << 30, 1 << 60, 1 << 30), PieceLimits(5, 100, 4)):
+        with (
+            Embedder.from_pretrained(odd_checkpoint, dtype="float32") as whole,
+            Embedder.from_pretrained(
+                odd_checkpoint, dtype="float32", quantization="int8"
+            ) as rounded,
+        ):
+            runner = rounded._runtime.engine._runner
+            model, exact = rounded._runtime.engine.model, whole._runtime.engine.model
+            layers = [
+                replace(layer, q_proj=other.q_proj)
+                for layer, other in zip(
+                    model.weights.text.layers, exact.weights.text.layers, strict=True
+                )
+            ]
+            text = replace(model.weights.text, layers=layers)
+            runner.model = Model(model.config, replace(model.weights, text=text), model.ops)
+            runner._limits = pieces
+            found.append(rounded.encode(items))
+            distance = np.linalg.norm(found[-1] - whole.encode(items), axis=1)
+            assert 0 < distance.max() < 0.2
+    assert np.array_equal(*found)
 
 
 def test_shards_stay_shards(odd_checkpoint: Path, tmp_path: Path) -> None:
