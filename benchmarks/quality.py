@@ -237,8 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--embedder-only", action="store_true", help="rerank nothing")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="of both models")
-    parser.add_argument("--dimensions", type=int, nargs="+", help="lengths; all 192 by default")
-    parser.add_argument("--output", choices=VECTOR_TYPES, nargs="+", default=["float32"])
+    parser.add_argument(
+        "--dimensions", type=int, nargs="+", help="lengths; the whole, a third and a sixth"
+    )
+    parser.add_argument(
+        "--output", choices=VECTOR_TYPES, nargs="+", default=["float32", "int8", "binary"]
+    )
     parser.add_argument("--queries", type=int, help="at most so many of each group")
     parser.add_argument(
         "--rerank-queries", type=int, help="at most so many of each group are reranked"
@@ -256,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             embedder,
             reranker,
             groups,
-            options.dimensions or [embedder.dimensions],
+            options.dimensions or [embedder.dimensions // part for part in (1, 3, 6)],
             options.output,
             options.rerank_queries,
             options.dtype,
