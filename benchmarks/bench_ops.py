@@ -49,5 +49,5 @@ def test_rms_norm(benchmark: Benchmark) -> None:
 def test_norm_rope(benchmark: Benchmark) -> None:
     x, weight = torch.randn(1024, 16, 128).bfloat16(), torch.ones(128).bfloat16()
     angle = torch.rand(1024, 64)
-    made = benchmark(NativeOps.norm_rope, x, weight, angle.cos(), angle.sin(), 1e-6)
-    assert made.isfinite().all()
+    benchmark(NativeOps.norm_rope, x, weight, angle.cos(), angle.sin(), 1e-6)
+    assert x.isfinite().all()

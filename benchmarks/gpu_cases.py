@@ -112,9 +112,25 @@ def cases(sizes: Sizes, device: torch.device, *, fp8: bool) -> Iterator[Case]:
 def _linear(**options: Any) -> Build:
     def build(ops: Any, t: dict[str, Tensor]) -> Thunk:
         layer = ops.prepare([t["w"]], t.get("bias"))
-        return lambda: ops.linear(t["x"], layer, residual=t.get("residual"), **options)
+        return lambda: ops.linear(t["x"], layer, **options)
 
     return build
+
+
+def _onto(ops: Any, t: dict[str, Tensor]) -> Thunk:
+    layer = ops.prepare([t["w"]])
+    return _in_place(t["residual"], lambda y: ops.add_linear(y, t["x"], layer))
+
+
+def _in_place(x: Tensor, change: Callable[[Tensor], None]) -> Thunk:
+    """What changes ``x``, done to a copy: the first answer is the one that is checked."""
+    changed = x.clone()
+
+    def run() -> Tensor:
+        change(changed)
+        return changed
+
+    return run
 
 
 def _gated(ops: Any, t: dict[str, Tensor]) -> Thunk:
@@ -132,7 +148,7 @@ def products(sizes: Sizes, make: Maker, dtype: torch.dtype) -> Iterator[Case]:
             if onto:
                 inputs["residual"] = make(m, n, dtype=dtype)
             yield Case(
-                "linear", f"{label} m={m}", dtype, inputs, _linear(),
+                "linear", f"{label} m={m}", dtype, inputs, _onto if onto else _linear(),
                 {"cublas": lambda t: lambda: F.linear(t["x"], t["w"])},
                 2 * m * n * k, b * (m * k + n * k + m * n * (1 + onto)), tolerance,
             )  # fmt: skip
@@ -325,7 +341,9 @@ def row_wise(sizes: Sizes, make: Maker, dtype: torch.dtype) -> Iterator[Case]:
         inputs |= {"cos": cos, "sin": sin}
         yield case(
             "norm_rope", f"{label} {t}", inputs,
-            lambda ops, i: lambda: ops.norm_rope(i["x"], i["w"], i["cos"], i["sin"], 1e-6),
+            lambda ops, i: _in_place(
+                i["x"], lambda x: ops.norm_rope(x, i["w"], i["cos"], i["sin"], 1e-6)
+            ),
             2 * t * heads * d * b,
         )  # fmt: skip
     for dim in sizes.vision_dims:
@@ -339,7 +357,7 @@ def row_wise(sizes: Sizes, make: Maker, dtype: torch.dtype) -> Iterator[Case]:
         inputs |= dict(zip(("cos", "sin"), tables, strict=True))
         yield case(
             "rope", f"{n} d={dim}", inputs,
-            lambda ops, i: lambda: ops.rope(i["x"], i["cos"], i["sin"]),
+            lambda ops, i: _in_place(i["x"], lambda x: ops.rope(x, i["cos"], i["sin"])),
             2 * n * sizes.vision_heads * dim * b,
         )  # fmt: skip
     table = make(sizes.vocab, h, dtype=dtype)

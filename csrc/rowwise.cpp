@@ -108,7 +108,7 @@ void rotate(const TensorView& x, const std::vector<float>* weight, float eps, co
   }
   require_dense("cos", cos, {tokens, dim / 2}, {DType::f32});
   require_dense("sin", sin, {tokens, dim / 2}, {DType::f32});
-  require_dense("out", out, {tokens, heads, dim}, {x.dtype});
+  require("out", out, {tokens, heads, dim}, {x.dtype});
   const int64_t grain = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(1, heads * dim));
   const int64_t size = dtype_size(x.dtype);
   parallel_for(tokens, grain, [&](int64_t begin, int64_t end) {
@@ -124,7 +124,7 @@ void rotate(const TensorView& x, const std::vector<float>* weight, float eps, co
         float* made = wide + dim;
         k.rope_head(wide, cos.as<float>() + t * dim / 2, sin.as<float>() + t * dim / 2, dim / 2,
                     made);
-        k.narrow(made, dim, out.dtype, static_cast<char*>(out.data) + (t * heads + h) * dim * size);
+        k.narrow(made, dim, out.dtype, static_cast<char*>(out.row(t)) + h * out.stride[1] * size);
       }
     }
   });

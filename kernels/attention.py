@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .common import (
     TRITON_DTYPES,
+    New,
     RefusalError,
     dot,
     launch,
@@ -251,6 +252,7 @@ def attention(
     scale: float,
     read: NDArray[np.int64] | None = None,
     config: AttentionConfig | None = None,
+    new: New = torch.empty,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v, each token over its ancestors' tokens and its own segment's.
 
@@ -295,7 +297,7 @@ def attention(
     planned = _plan_of(forest, read, config.m // group, causal, q.device)
     strides = [x.stride(axis) for x in (q, k, v) for axis in (0, 1)]
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = new(q.shape, dtype=q.dtype, device=q.device)
     launch(
         "attention",
         attention_kernel,

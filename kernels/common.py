@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import triton
@@ -32,6 +33,9 @@ LAUNCHES: Counter[str] = Counter()
 """Launches of each op since the start, or since a test cleared it."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+New: TypeAlias = Callable[..., Tensor]
+"""``torch.empty``, or what takes the same arguments: where a kernel's result is put."""
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,

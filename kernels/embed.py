@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .common import (
     TRITON_DTYPES,
+    New,
     RefusalError,
     RowConfig,
     launch,
@@ -41,7 +42,9 @@ def embed_kernel(
     tl.store(p_out, b_y, mask=(o_t < T)[:, None] & (o_c < C))
 
 
-def embed(ids: Tensor, table: Tensor, *, config: RowConfig | None = None) -> Tensor:
+def embed(
+    ids: Tensor, table: Tensor, *, config: RowConfig | None = None, new: New = torch.empty
+) -> Tensor:
     """Rows of ``table`` ``[V, C]`` at ``ids`` ``[T]`` int32 or int64; ``[T, C]``.
 
     An id outside the table gives a row of NaN: to refuse it would make the host wait for the
@@ -55,7 +58,7 @@ def embed(ids: Tensor, table: Tensor, *, config: RowConfig | None = None) -> Ten
     if ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 1:
         raise RefusalError(f"embed: ids are {ids.dtype} {tuple(ids.shape)}, not int32 or int64 [T]")
     require_unit_stride("embed", table=table)
-    out = torch.empty((len(ids), table.shape[1]), dtype=table.dtype, device=table.device)
+    out = new((len(ids), table.shape[1]), dtype=table.dtype, device=table.device)
     config = config or row_config(target_of(table.device), table.shape[1])
     launch(
         "embed",

@@ -192,3 +192,9 @@ def check_epilogue(
             raise RefusalError(
                 f"{op}: residual is {tuple(residual.shape)} {residual.dtype}, not {shape} {dtype}"
             )
+
+
+def check_place(op: str, out: Tensor | None, residual: Tensor | None) -> None:
+    """Raise RefusalError unless the result can go there: nowhere else than over the residual."""
+    if out is not None and (out is not residual or not out.is_contiguous()):
+        raise RefusalError(f"{op}: out is {tuple(out.shape)}, not a contiguous residual itself")

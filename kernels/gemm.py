@@ -24,6 +24,7 @@ from .activation import activate
 from .common import (
     EMULATE,
     TRITON_DTYPES,
+    New,
     RefusalError,
     dot,
     inline,
@@ -34,7 +35,7 @@ from .common import (
     target_of,
 )
 from .configs import GemmConfig, gemm_config
-from .epilogue import add_parts, check_epilogue, finish, place, rescale
+from .epilogue import add_parts, check_epilogue, check_place, finish, place, rescale
 from .quantise import require_form
 
 SCALE_GROUP = 128
@@ -200,6 +201,8 @@ def _product(
     gated: bool,
     dtype: torch.dtype,
     config: GemmConfig | None,
+    out: Tensor | None,
+    new: New,
 ) -> Tensor:
     x_scale, w_scale = scales or (None, None)
     _operands(op, kind, x, weight, x_scale, w_scale)
@@ -208,6 +211,7 @@ def _product(
         raise RefusalError(f"{op}: {rows} weight rows are not as many for gate as for up")
     n = rows // 2 if gated else rows
     check_epilogue(op, (m, n), dtype, bias, activation, residual, gated)
+    check_place(op, out, residual)
     extra = [t for t in (x_scale, w_scale, bias, residual) if t is not None]
     require_device(op, x, weight, *extra)
     target = target_of(x.device)
@@ -226,13 +230,9 @@ def _product(
         # Its scales stay with the inputs they belong to, and leave no sum to add up later.
         config = replace(config, k=min(config.k, SCALE_GROUP), split=1)
     described = config.descriptors and _describable(x) and _describable(weight)
-    out = torch.empty((m, n), dtype=dtype, device=x.device)
+    out = new((m, n), dtype=dtype, device=x.device) if out is None else out
     total = torch.int32 if kind == "int8" else torch.float32
-    part = (
-        out
-        if config.split == 1
-        else torch.empty((config.split, m, n), dtype=total, device=x.device)
-    )
+    part = out if config.split == 1 else new((config.split, m, n), dtype=total, device=x.device)
     constants = {"ACTIVATION": activation, "DTYPE": TRITON_DTYPES[dtype], "SPLIT": config.split}
     launch(
         op,
@@ -275,6 +275,8 @@ def linear(
     residual: Tensor | None = None,
     gated: bool = False,
     config: GemmConfig | None = None,
+    out: Tensor | None = None,
+    new: New = torch.empty,
 ) -> Tensor:
     """activation(x · weightᵀ + bias) + residual, or silu(x · gateᵀ) · (x · upᵀ).
 
@@ -284,6 +286,8 @@ def linear(
         bias: ``[N]`` in any float dtype, or None.
         activation: one of :data:`ACTIVATIONS`, applied to the float32 sum.
         residual: ``[M, N]``, the dtype of ``x``, added before the one rounding.
+        out: ``residual``, if it is contiguous, for the result to take its place.
+        new: what the result is put in otherwise.
 
     Returns:
         ``[M, N]``, or ``[M, N / 2]`` if ``gated``, in the dtype of ``x``.
@@ -294,7 +298,21 @@ def linear(
     op = "gated_linear" if gated else "linear"
     require_floats(op, x=x, weight=weight)
     kind = _KINDS.get(x.dtype, "float16")
-    return _product(op, kind, x, weight, None, bias, activation, residual, gated, x.dtype, config)
+    return _product(
+        op,
+        kind,
+        x,
+        weight,
+        None,
+        bias,
+        activation,
+        residual,
+        gated,
+        x.dtype,
+        config,
+        out,
+        new,
+    )
 
 
 def linear_quantised(
@@ -309,6 +327,8 @@ def linear_quantised(
     residual: Tensor | None = None,
     gated: bool = False,
     config: GemmConfig | None = None,
+    out: Tensor | None = None,
+    new: New = torch.empty,
 ) -> Tensor:
     """:func:`linear` of quantised rows by a quantised weight; in int8 the sum over K is exact.
 
@@ -320,6 +340,7 @@ def linear_quantised(
         bias: ``[N]`` in any float dtype, or None.
         dtype: of the result: float32, float16 or bfloat16.
         residual: ``[M, N]`` in that dtype.
+        out, new: as there.
 
     Returns:
         ``[M, N]``, or ``[M, N / 2]`` if ``gated``.
@@ -344,4 +365,6 @@ def linear_quantised(
         gated,
         dtype,
         config,
+        out,
+        new,
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 from .activation import activate
 from .common import (
     TRITON_DTYPES,
+    New,
     RefusalError,
     inline,
     launch,
@@ -30,7 +31,7 @@ from .common import (
     target_of,
 )
 from .configs import GemmConfig, gemm_config
-from .epilogue import add_parts, check_epilogue, finish, place, rescale
+from .epilogue import add_parts, check_epilogue, check_place, finish, place, rescale
 from .gemm import linear_quantised, multiply
 
 GROUPS = (32, 64, 128)
@@ -258,13 +259,15 @@ def linear_int4(
     residual: Tensor | None = None,
     gated: bool = False,
     config: GemmConfig | None = None,
+    out: Tensor | None = None,
+    new: New = torch.empty,
 ) -> Tensor:
     """:func:`.gemm.linear_quantised` of int8 rows by a 4-bit weight, summed exactly.
 
     Args:
         x: ``[M, inputs]`` int8.
         x_scale: ``[M]`` float32.
-        bias, dtype, activation, residual, gated: as there.
+        bias, dtype, activation, residual, gated, out, new: as there.
         config: blocks for the 4-bit kernel, which is then taken whatever M is.
 
     Raises:
@@ -286,19 +289,22 @@ def linear_int4(
             activation=activation,
             residual=residual,
             gated=gated,
+            out=out,
+            new=new,
         )
     if x_scale.shape != (m,) or x_scale.dtype != torch.float32 or not x_scale.is_contiguous():
         raise RefusalError(f"{op}: x_scale {tuple(x_scale.shape)} {x_scale.dtype} for {m} rows")
     require_unit_stride(op, x=x)
     check_epilogue(op, (m, n), dtype, bias, activation, residual, gated)
+    check_place(op, out, residual)
     extra = [t for t in (bias, residual) if t is not None]
     require_device(op, x, x_scale, weight.packed, weight.multiplier, weight.scale, *extra)
     config = config or gemm_config("int4", target_of(x.device), m, n, k, gated=gated)
     config = replace(config, k=weight.group)
-    out = torch.empty((m, n), dtype=dtype, device=x.device)
+    out = new((m, n), dtype=dtype, device=x.device) if out is None else out
     parts = out
     if config.split > 1:
-        parts = torch.empty((config.split, m, n), dtype=torch.int32, device=x.device)
+        parts = new((config.split, m, n), dtype=torch.int32, device=x.device)
     launch(
         op,
         gemm_int4_kernel,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .common import (
     TRITON_DTYPES,
+    New,
     RefusalError,
     RowConfig,
     launch,
@@ -83,6 +84,7 @@ def normalise(
     eps: float,
     rows: str = "float",
     config: RowConfig | None = None,
+    new: New = torch.empty,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm without ``bias``, LayerNorm with it.
 
@@ -104,10 +106,10 @@ def normalise(
     flat = x.reshape(-1, x.shape[-1])
     require_unit_stride(op, x=flat)
     if rows == "float":
-        out, scale = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
+        out, scale = new(x.shape, dtype=x.dtype, device=x.device), None
     else:
         require_form(op, rows, x.device)
-        out, scale = new_rows(tuple(flat.shape), rows, x.device)
+        out, scale = new_rows(tuple(flat.shape), rows, x.device, new)
     config = config or row_config(target_of(x.device), flat.shape[1])
     launch(
         op,
@@ -133,10 +135,16 @@ def normalise(
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, rows: str = "float", *, config: RowConfig | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    rows: str = "float",
+    *,
+    config: RowConfig | None = None,
+    new: New = torch.empty,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x / sqrt(mean(x²) + eps) · weight; see :func:`normalise`."""
-    return normalise("rms_norm", x, weight, None, eps, rows, config)
+    return normalise("rms_norm", x, weight, None, eps, rows, config, new)
 
 
 def layer_norm(
@@ -147,6 +155,7 @@ def layer_norm(
     rows: str = "float",
     *,
     config: RowConfig | None = None,
+    new: New = torch.empty,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(x − mean) / sqrt(var + eps) · weight + bias; see :func:`normalise`."""
-    return normalise("layer_norm", x, weight, bias, eps, rows, config)
+    return normalise("layer_norm", x, weight, bias, eps, rows, config, new)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .common import (
     TRITON_DTYPES,
+    New,
     RefusalError,
     dot,
     inline,
@@ -137,6 +138,7 @@ def patch_embed(
     merge: int,
     *,
     config: GemmConfig | None = None,
+    new: New = torch.empty,
 ) -> Tensor:
     """pixels · weightᵀ + bias + the position grid, resampled bilinearly with aligned corners.
 
@@ -178,7 +180,7 @@ def patch_embed(
     frames = [np.tile(_frame_places(h, w, merge, side), t) for t, h, w in grids]
     places = np.concatenate([np.empty((2, 0), np.float32), *frames], axis=1)
     config = config or patch_embed_config(target_of(weight.device), weight.dtype, n, c, k)
-    out = torch.empty((n, c), dtype=weight.dtype, device=weight.device)
+    out = new((n, c), dtype=weight.dtype, device=weight.device)
     launch(
         op,
         patch_embed_kernel,

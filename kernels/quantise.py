@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .common import (
     EMULATE,
+    New,
     RefusalError,
     RowConfig,
     inline,
@@ -43,11 +44,13 @@ def require_form(op: str, form: str, device: torch.device) -> None:
         )
 
 
-def new_rows(shape: tuple[int, ...], form: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def new_rows(
+    shape: tuple[int, ...], form: str, device: torch.device, new: New = torch.empty
+) -> tuple[Tensor, Tensor]:
     """Room for values ``shape`` and one float32 scale a row."""
     # Allocated as bytes: torch cannot fill e4m3, which tests do.
-    values = torch.empty(shape, dtype=torch.int8, device=device).view(FORMS[form])
-    return values, torch.empty(shape[:1], dtype=torch.float32, device=device)
+    values = new(shape, dtype=torch.int8, device=device).view(FORMS[form])
+    return values, new(shape[:1], dtype=torch.float32, device=device)
 
 
 @inline
@@ -114,7 +117,7 @@ def quantise_kernel(
 
 
 def quantise_rows(
-    x: Tensor, form: str = "int8", *, config: RowConfig | None = None
+    x: Tensor, form: str = "int8", *, config: RowConfig | None = None, new: New = torch.empty
 ) -> tuple[Tensor, Tensor]:
     """Rows of ``int8`` or ``fp8`` and their scales, as the ops' contract says.
 
@@ -131,7 +134,7 @@ def quantise_rows(
     require_floats(op, x=x)
     require_unit_stride(op, x=x)
     require_form(op, form, x.device)
-    out, scale = new_rows(tuple(x.shape), form, x.device)
+    out, scale = new_rows(tuple(x.shape), form, x.device, new)
     config = config or row_config(target_of(x.device), x.shape[1])
     launch(
         op,

@@ -176,6 +176,8 @@ def rope_kernel(
     T,
     stride_t,
     stride_h,
+    stride_y_t,
+    stride_y_h,
     eps,
     H: tl.constexpr,
     HALF: tl.constexpr,
@@ -197,7 +199,8 @@ def rope_kernel(
     # [BT, 1]
     o_t = o_row // H
     # [BT, BC]
-    p_first = p_x + o_t * stride_t + (o_row % H) * stride_h + o_c
+    o_h = o_row % H
+    p_first = p_x + o_t * stride_t + o_h * stride_h + o_c
     b_first = widen(tl.load(p_first, mask=m, other=0.0))
     b_second = widen(tl.load(p_first + HALF, mask=m, other=0.0))
     if p_weight is not None:
@@ -209,7 +212,8 @@ def rope_kernel(
     # [BT, BC]
     b_cos = tl.load(p_cos + o_t * HALF + o_c, mask=m, other=0.0)
     b_sin = tl.load(p_sin + o_t * HALF + o_c, mask=m, other=0.0)
-    p_out = p_y + o_row * (2 * HALF) + o_c
+    # The same thread reads and writes a value, so y may be x.
+    p_out = p_y + o_t * stride_y_t + o_h * stride_y_h + o_c
     tl.store(p_out, narrow(b_first * b_cos - b_second * b_sin, DTYPE), mask=m)
     tl.store(p_out + HALF, narrow(b_second * b_cos + b_first * b_sin, DTYPE), mask=m)
 
@@ -222,6 +226,7 @@ def _rotate(
     sin: Tensor,
     eps: float,
     config: RowConfig | None,
+    out: Tensor | None,
 ) -> Tensor:
     require_floats(op, x=x)
     tokens, heads, dim = x.shape
@@ -237,7 +242,7 @@ def _rotate(
     if weight is not None and (weight.shape != (dim,) or not weight.is_contiguous()):
         raise RefusalError(f"{op}: weight is {tuple(weight.shape)} for heads of {dim}")
     require_unit_stride(op, x=x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     config = config or row_config(target_of(x.device), dim // 2)
     launch(
         op,
@@ -251,6 +256,8 @@ def _rotate(
         tokens,
         x.stride(0),
         x.stride(1),
+        out.stride(0),
+        out.stride(1),
         eps,
         config=config,
         H=heads,
@@ -262,17 +269,25 @@ def _rotate(
     return out
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, *, config: RowConfig | None = None) -> Tensor:
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    config: RowConfig | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Rotate halves of every head of every token.
 
     Args:
         x: ``[T, H, D]``; tokens and heads may be apart.
         cos, sin: ``[T, D / 2]`` float32.
+        out: ``x``, for the result to take its place.
 
     Returns:
-        ``[T, H, D]``, contiguous, in the dtype of ``x``.
+        ``[T, H, D]``, contiguous, in the dtype of ``x``; or ``out``.
     """
-    return _rotate("rope", x, None, cos, sin, 0.0, config)
+    return _rotate("rope", x, None, cos, sin, 0.0, config, out)
 
 
 def norm_rope(
@@ -283,6 +298,7 @@ def norm_rope(
     eps: float,
     *,
     config: RowConfig | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """RMSNorm of each head with ``weight`` ``[D]``, then :func:`rope`, in one pass."""
-    return _rotate("norm_rope", x, weight, cos, sin, eps, config)
+    return _rotate("norm_rope", x, weight, cos, sin, eps, config, out)

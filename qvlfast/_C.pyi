@@ -176,7 +176,7 @@ def layer_norm(
     """:func:`qvlfast.ops.norm.layer_norm` on ``[M, C]``."""
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, isa: str | None = None) -> None:
-    """:func:`qvlfast.ops.rope.rope` on ``[T, H, D]``."""
+    """:func:`qvlfast.ops.rope.rope` of ``[T, H, D]`` into ``out``, which may be ``x``."""
 
 def norm_rope(
     x: Tensor,
@@ -187,7 +187,7 @@ def norm_rope(
     out: Tensor,
     isa: str | None = None,
 ) -> None:
-    """:func:`qvlfast.ops.rope.norm_rope` on ``[T, H, D]``."""
+    """:func:`qvlfast.ops.rope.norm_rope` of ``[T, H, D]`` into ``out``, which may be ``x``."""
 
 def attention(
     q: Tensor,

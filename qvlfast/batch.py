@@ -113,6 +113,17 @@ class PieceLimits:
     patches: int
 
 
+# On a CPU the products are at full speed from a few hundred rows on (csrc/gemm.cpp takes 384 at a
+# time), and a piece is what an urgent request waits for; a GPU wants more at once.
+_CPU_PIECES = PieceLimits(rows=768, pairs=1 << 23, patches=4096)
+_GPU_PIECES = PieceLimits(rows=1 << 14, pairs=1 << 28, patches=1 << 16)
+
+
+def piece_limits(device: str) -> PieceLimits:
+    """Those of a kind of device, ``cpu`` or ``cuda``."""
+    return _CPU_PIECES if device == "cpu" else _GPU_PIECES
+
+
 def cut_windows(forest: Forest, limits: PieceLimits) -> tuple[Window, ...]:
     """Windows of about equal length within the limits; empty if one would do."""
     total = int(forest.cu_q[-1])

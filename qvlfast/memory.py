@@ -9,9 +9,9 @@ the code, whatever is changed there. Not in it: what torch's allocator keeps for
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,14 +19,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .batch import pack
+from .arena import HEAP, Arena, Memory
+from .backends.native import NativeOps
+from .batch import Batch, PieceLimits, Window, pack
 from .config import ModelConfig
-from .model import Model
+from .model import Model, drain
 from .ops import Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
 from .ops.patch_embed import resample_positions
 from .pixels import Patches
 from .prompt import Prompt
-from .quant import Fp8Weight, Int4Weight, Int8Weight
+from .quant import Fp8Weight, Int4Weight, Int8Weight, Quantization
+from .quant.stored import Stored, published_name
 from .weights import (
     LayerNorm,
     Merger,
@@ -38,6 +41,8 @@ from .weights import (
 )
 
 META = torch.device("meta")
+_PROBE = 512  # rows of a batch that is measured, and of its windows
+_SLACK = 1 << 16  # tensors begin at multiples of 256 bytes
 _PANEL = 16  # output channels that the CPU kernels store together, see csrc/pack.h
 
 Format = str
@@ -59,6 +64,33 @@ class Setup:
     backend: str = "reference"
     form: Callable[[str], Format] = lambda name: "float"
     group: int = 64
+
+    @classmethod
+    def loaded(
+        cls,
+        dtype: torch.dtype,
+        backend: str,
+        keeps: Collection[str],
+        stored: Mapping[str, Stored],
+        plan: Quantization | None,
+    ) -> Setup:
+        """That of a checkpoint which is loaded.
+
+        Args:
+            keeps: formats of stored weights that the backend takes as they are.
+            stored: of :func:`qvlfast.quant.stored.find_stored`.
+            plan: for weights in floating point.
+        """
+        known = {published_name(full): value.form for full, value in stored.items()}
+
+        def form(name: str) -> Format:
+            if (found := known.get(name)) in keeps:
+                return str(found)
+            if plan is None or not plan.covers(name):
+                return "float"
+            return plan.format if plan.format in keeps else "float"
+
+        return cls(dtype, backend, form, plan.group if plan else 64)
 
     def rows(self, name: str) -> RowFormat:
         """The form in which that linear takes its input."""
@@ -121,7 +153,13 @@ def linear_bytes(n: int, k: int, form: Format, setup: Setup) -> int:
 
 
 def peak_activations(
-    config: ModelConfig, setup: Setup, *, tokens: int, patches: int, longest: int = 8192
+    config: ModelConfig,
+    setup: Setup,
+    *,
+    tokens: int,
+    patches: int,
+    longest: int = 8192,
+    limits: PieceLimits | None = None,
 ) -> int:
     """Bytes alive at the largest moment of a forward pass, its inputs included.
 
@@ -129,16 +167,113 @@ def peak_activations(
         tokens: of the batch, those that stand for pictures included.
         patches: of all pictures together; four or so make a token.
         longest: tokens of the longest prompt.
+        limits: of what is worked at once; None: the whole batch is.
     """
-    small = shortened(config)
-    model = Model(small, stand_in_weights(small, setup), _OPS[setup.backend]())
-    merge = config.vision.spatial_merge_size
     prompts = _prompts(config, tokens, patches, longest)
+    model = _stand_in(config, setup)
+    # A first time to know the size of the block.
+    arena = Arena(META)
+    _pass(model, prompts, limits, arena)
+    size = arena.peak
     with _Counter() as counter:
-        batch = pack(prompts, merge, META).batch
-        answer = model.forward(batch)
-        del answer, batch
+        arena.reserve(size)
+        _pass(model, prompts, limits, arena)
     return counter.peak + _scratch(config, setup, tokens, patches)
+
+
+def _stand_in(config: ModelConfig, setup: Setup) -> Model:
+    small = shortened(config)
+    return Model(small, stand_in_weights(small, setup), _OPS[setup.backend]())
+
+
+def _pass(
+    model: Model, prompts: Sequence[Prompt], limits: PieceLimits | None, memory: Memory
+) -> None:
+    merge = model.config.vision.spatial_merge_size
+    batch = pack(prompts, merge, META, limits=limits).batch
+    answer = model.forward(batch, memory=memory)
+    del answer, batch
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What one of the model's stages takes, in bytes, by its rows.
+
+    Attributes:
+        whole: of each row, where all are worked at once.
+        lasting: of each row, through all windows.
+        window: of each row of a window besides.
+    """
+
+    whole: float
+    lasting: float
+    window: float
+
+    def size(self, rows: int, windows: Sequence[Window], once: int = 0, more: int = 0) -> int:
+        """
+        Args:
+            rows: of the batch.
+            once: rows that are worked at once besides the windows.
+            more: rows that only last.
+        """
+        if not windows and not more:
+            return int(self.whole * rows) + _SLACK
+        most = max([once, *(w.rows.stop - w.rows.start for w in windows)] if windows else [rows])
+        return int(self.lasting * (rows + more) + self.window * most) + _SLACK
+
+
+@dataclass(frozen=True)
+class ArenaPlan:
+    """What a batch takes of an :class:`qvlfast.arena.Arena`, known before it is run.
+
+    Measured on tensors without storage: what every op takes grows with its rows and with nothing
+    else, so a few batches say it of all.
+    """
+
+    text: _Stage
+    vision: _Stage
+
+    @classmethod
+    def measure(cls, config: ModelConfig, setup: Setup) -> ArenaPlan:
+        """The plan of a model; takes some milliseconds."""
+        model, merge = _stand_in(config, setup), config.vision.spatial_merge_size
+
+        def text(rows: int, limits: PieceLimits | None, arena: Arena) -> None:
+            _pass(model, [stand_in_prompt(config, rows)], limits, arena)
+
+        def vision(rows: int, limits: PieceLimits | None, arena: Arena) -> None:
+            grid = (rows // _PROBE, merge, _PROBE // merge)
+            prompt = stand_in_prompt(config, 0, grid, is_video=True)
+            batch = pack([prompt], merge, META, limits=limits).batch.vision
+            assert batch is not None
+            drain(model.vision(batch, memory=arena))
+
+        return cls(_measured(text), _measured(vision))
+
+    def size(self, batch: Batch, resident: int = 0) -> int:
+        """Bytes for one batch.
+
+        Args:
+            resident: tokens whose keys and values are from earlier batches.
+        """
+        size = self.text.size(len(batch.ids), batch.windows, len(batch.read), resident)
+        vision = batch.vision
+        if vision is None:
+            return size
+        return max(size, self.vision.size(vision.positions.shape[1], vision.windows))
+
+
+def _measured(stage: Callable[[int, PieceLimits | None, Arena], None]) -> _Stage:
+    def taken(rows: int, limits: PieceLimits | None) -> int:
+        arena = Arena(META)
+        stage(rows, limits, arena)
+        return arena.peak
+
+    limits = PieceLimits(_PROBE, 1 << 62, _PROBE)
+    some = taken(2 * _PROBE, limits)
+    whole = (taken(2 * _PROBE, None) - taken(_PROBE, None)) / _PROBE
+    lasting = (taken(4 * _PROBE, limits) - some) / (2 * _PROBE)
+    return _Stage(whole, lasting, max(whole, some / _PROBE - 2 * lasting))
 
 
 def keys_values_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -326,12 +461,11 @@ def _width(layer: Linear) -> int:
     return sum(part.shape[0] for part in layer.weight)
 
 
-def _rows(x: Tensor, form: RowFormat) -> Rows:
+def _rows(x: Tensor, form: RowFormat, memory: Memory) -> Rows:
     if form == "float":
         return x
-    return QuantisedRows(
-        x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x)).float(), x.dtype
-    )
+    values = memory.empty(x.shape, dtype=torch.int8, device=META)
+    return QuantisedRows(values, memory.empty((len(x),), dtype=torch.float32, device=META), x.dtype)
 
 
 class _Reference(Ops):
@@ -352,77 +486,132 @@ class _Reference(Ops):
 class _Fused(Ops):
     """One output an op, and quantised rows where a linear wants them."""
 
+    allocating: ClassVar[Collection[str]] = NativeOps.allocating
+
     @staticmethod
     def linear(
-        x: Rows, layer: Linear, *, activation: str | None = None, residual: Tensor | None = None
+        x: Rows, layer: Linear, *, activation: str | None = None, memory: Memory = HEAP
     ) -> Tensor:
-        values = x if isinstance(x, Tensor) else x.values
-        return values.new_empty(len(x), _width(layer), dtype=x.dtype)
+        return memory.empty((len(x), _width(layer)), dtype=x.dtype, device=META)
 
     @staticmethod
-    def gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:
-        values = x if isinstance(x, Tensor) else x.values
-        out = values.new_empty(len(x), _width(layer) // 2, dtype=x.dtype)
-        return _rows(out, rows)
+    def add_linear(y: Tensor, x: Rows, layer: Linear) -> None:
+        pass
 
     @staticmethod
-    def rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float") -> Rows:
-        return torch.empty_like(x) if rows == "float" else _rows(x, rows)
+    def gated_linear(
+        x: Rows, layer: Linear, *, rows: RowFormat = "float", memory: Memory = HEAP
+    ) -> Rows:
+        out = memory.empty((len(x), _width(layer) // 2), dtype=x.dtype, device=META)
+        return _rows(out, rows, memory)
+
+    @staticmethod
+    def embed(ids: Tensor, table: Tensor, *, memory: Memory = HEAP) -> Tensor:
+        return memory.empty((len(ids), table.shape[1]), dtype=table.dtype, device=META)
+
+    @staticmethod
+    def rms_norm(
+        x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float", memory: Memory = HEAP
+    ) -> Rows:
+        if rows == "float":
+            return memory.empty(x.shape, dtype=x.dtype, device=META)
+        return _rows(x, rows, memory)
 
     @staticmethod
     def layer_norm(
-        x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, rows: RowFormat = "float"
-    ) -> Any:
-        return torch.empty_like(x) if rows == "float" else _rows(x, rows)
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        *,
+        rows: RowFormat = "float",
+        memory: Memory = HEAP,
+    ) -> Rows:
+        return _rows(memory.empty(x.shape, dtype=x.dtype, device=META), rows, memory)
 
     @staticmethod
-    def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return x.new_empty(x.shape)
+    def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        pass
 
     @staticmethod
-    def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-        return x.new_empty(x.shape)
+    def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+        pass
 
     @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, forest: Any, **rest: Any) -> Tensor:
-        return q.new_empty(q.shape)
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, forest: Any, *, memory: Memory = HEAP, **rest: Any
+    ) -> Tensor:
+        return memory.empty(q.shape, dtype=q.dtype, device=META)
+
+    @staticmethod
+    def patch_embed(
+        pixels: Tensor,
+        layer: Linear,
+        table: Tensor,
+        grids: Any,
+        merge: int,
+        *,
+        memory: Memory = HEAP,
+    ) -> Tensor:
+        dtype = layer.weight[0].dtype
+        return memory.empty((len(pixels), _width(layer)), dtype=dtype, device=META)
 
 
 class _Native(_Fused):
     @staticmethod
-    def patch_embed(pixels: Tensor, layer: Linear, table: Tensor, grids: Any, merge: int) -> Tensor:
+    def patch_embed(
+        pixels: Tensor,
+        layer: Linear,
+        table: Tensor,
+        grids: Any,
+        merge: int,
+        *,
+        memory: Memory = HEAP,
+    ) -> Tensor:
+        out = _Fused.patch_embed(pixels, layer, table, grids, merge, memory=memory)
         positions = resample_positions(table, grids, merge)
-        out = _Fused.linear(pixels.to(layer.weight[0].dtype), layer)
         del positions
         return out
 
 
 class _Triton(_Fused):
+    allocating: ClassVar[Collection[str]] = (*_Fused.allocating, "add_linear")
+
     @staticmethod
-    def linear(x: Rows, layer: Linear, **rest: Any) -> Tensor:
-        # Rows that no norm has quantised are in a launch of their own.
-        rows = _rows(x, layer.rows) if isinstance(x, Tensor) else x
+    def linear(
+        x: Rows, layer: Linear, *, activation: str | None = None, memory: Memory = HEAP
+    ) -> Tensor:
+        rows = _Triton._taken(x, layer, memory)
         wide = _Triton._widened(layer)
-        out = _Fused.linear(rows, layer)
+        out = _Fused.linear(rows, layer, memory=memory)
         del wide
         return out
 
     @staticmethod
-    def gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:
+    def add_linear(y: Tensor, x: Rows, layer: Linear, *, memory: Memory = HEAP) -> None:
+        rows = _Triton._taken(x, layer, memory)
         wide = _Triton._widened(layer)
-        out = _Fused.gated_linear(x, layer, rows=rows)
+        del rows, wide
+
+    @staticmethod
+    def gated_linear(
+        x: Rows, layer: Linear, *, rows: RowFormat = "float", memory: Memory = HEAP
+    ) -> Rows:
+        wide = _Triton._widened(layer)
+        out = _Fused.gated_linear(x, layer, rows=rows, memory=memory)
         del wide
         return out
+
+    @staticmethod
+    def _taken(x: Rows, layer: Linear, memory: Memory) -> Rows:
+        """Rows that no norm has quantised are in a launch of their own."""
+        return _rows(x, layer.rows, memory) if isinstance(x, Tensor) else x
 
     @staticmethod
     def _widened(layer: Linear) -> list[Tensor]:
         """int4 as int8, which many rows are multiplied by."""
         fours = [part for part in layer.weight if isinstance(part, Int4Weight)]
         return [torch.empty(four.shape, dtype=torch.int8, device=META) for four in fours]
-
-    @staticmethod
-    def patch_embed(pixels: Tensor, layer: Linear, table: Tensor, grids: Any, merge: int) -> Tensor:
-        return pixels.new_empty(len(pixels), _width(layer), dtype=layer.weight[0].dtype)
 
 
 _OPS: dict[str, type[Ops]] = {"reference": _Reference, "native": _Native, "triton": _Triton}

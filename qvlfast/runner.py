@@ -4,7 +4,8 @@ from earlier batches not at all."""
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -13,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .batch import Cut, Packed, PieceLimits, pack
+from .arena import HEAP, Arena, Memory
+from .batch import Cut, Packed, pack, piece_limits
 from .cache import AnswerCache, CacheCounts, PrefixCache, VisionCache
 from .config import ModelConfig
 from .graphs import Graphs, fit
+from .memory import ArenaPlan
 from .metrics import Counters
 from .model import Model
 from .pixels import Patches
@@ -24,11 +27,6 @@ from .plan import plan_shared
 from .prompt import Prompt
 from .scheduler import Cost, Media, Rates
 from .sharing import Keys, Numbers
-
-# On a CPU the products are at full speed from a few hundred rows on (csrc/gemm.cpp takes 384 at a
-# time), and a piece is what an urgent request waits for; a GPU wants more at once.
-_CPU_PIECES = PieceLimits(rows=768, pairs=1 << 23, patches=4096)
-_GPU_PIECES = PieceLimits(rows=1 << 14, pairs=1 << 28, patches=1 << 16)
 
 # The part of the budget for beginnings that answers have instead: 32 of 512 MiB, enough for about
 # 4,000 vectors of the 2B model.
@@ -96,6 +94,7 @@ class Runner:
 
     Args:
         graphs: for batches of text that fit them, which then share nothing; None: for none.
+        plan: of the memory that a batch's activations are put in; None: they come from the heap.
 
     Attributes:
         rates: what a batch's work is predicted with.
@@ -109,26 +108,30 @@ class Runner:
         device: torch.device,
         sharing: Sharing,
         graphs: Graphs | None = None,
+        plan: ArenaPlan | None = None,
     ) -> None:
         self.model = model
         self.rates = work_rates(model.config)
         self.device = device
         self._sharing = sharing
         self._graphs = graphs
-        self._limits = _CPU_PIECES if device.type == "cpu" else _GPU_PIECES
+        self._plan = plan
+        self._limits = piece_limits(device.type)
         self.reset()
 
     def reset(self) -> None:
         """Start with empty caches, and locks that nobody holds."""
         self.counters = Counters()
         self._numbers = Numbers()
+        self._arenas: list[Arena] = []
         budget = self._sharing.cache_bytes if self._sharing.prefixes else 0
         self._answers = AnswerCache(budget // _ANSWERS)
         self._prefixes = PrefixCache(budget - self._answers.budget)
         self._vision = VisionCache(self._sharing.vision_cache_bytes)
 
     def forget(self) -> None:
-        """Drop what the caches hold, and the graphs."""
+        """Drop what the caches hold, the graphs, and memory that no batch is using."""
+        self._arenas.clear()
         self._prefixes.clear()
         self._vision.clear()
         self._answers.clear()
@@ -174,9 +177,36 @@ class Runner:
             return self._replay(batch, self._graphs)
         known = self._known_pictures(batch)
         packed = self._pack(batch, known)
+        with self._room(packed) as memory:
+            return (yield from self._compute(batch, packed, known, memory))
+
+    @contextmanager
+    def _room(self, packed: Packed) -> Iterator[Memory]:
+        """Memory for a pass, all of it there before it begins. A batch that runs between two pieces
+        of another has its own."""
+        if self._plan is None:
+            yield HEAP
+            return
+        resident = sum(segment.length for segment in packed.plan.resident)
+        arena = self._arenas.pop() if self._arenas else Arena(self.device)
+        arena.reserve(self._plan.size(packed.batch, resident))
+        try:
+            yield arena
+        finally:
+            self._arenas.append(arena)
+
+    def _compute(
+        self,
+        batch: Sequence[Ready],
+        packed: Packed,
+        known: dict[bytes, Tensor],
+        memory: Memory,
+    ) -> Generator[None, None, list[NDArray[np.float32]]]:
         kept: list[Tensor] = [known[digest] for digest in packed.ready]
         if packed.batch.vision is not None:
-            computed = yield from self._timed("vision", self.model.vision(packed.batch.vision))
+            vision = self.model.vision(packed.batch.vision, memory=memory)
+            with memory.scope():
+                computed = yield from self._timed("vision", vision)
             self._keep_pictures(batch, packed.media, computed)
         else:
             computed = []
@@ -188,19 +218,20 @@ class Runner:
             [r.layers for r in packed.plan.resident],
             packed.spans,
             cuts=[place.cut for place in places],
+            memory=memory,
         )
-        output = yield from self._timed("text", text)
+        with memory.scope():
+            output = yield from self._timed("text", text)
         for index, layers in zip(packed.plan.keep, output.kept, strict=True):
             segment = packed.plan.segments[index]
             keys = batch[segment.prompt].keys
             if keys is not None:
                 self._prefixes.insert(keys, segment.start, segment.stop, layers)
-        vision = packed.batch.vision
         self._count(
             batch,
             computed=len(packed.batch.ids),
             cached=sum(r.length for r in packed.plan.resident),
-            patches=0 if vision is None else sum(len(m.pixels) for m in packed.media),
+            patches=sum(len(m.pixels) for m in packed.media) if packed.batch.vision else 0,
         )
         return self._keep_answers(batch, _spread(output.values, places))
 

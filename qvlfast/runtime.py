@@ -26,15 +26,17 @@ from .errors import BackendError, QueueFull
 from .graphs import graphs_for
 from .inputs import Item
 from .media import MediaPolicy
+from .memory import ArenaPlan, Setup
 from .model import Model
 from .pixels import Patches, PixelLimits
 from .prompt import Prompt, Prompter
 from .quant import Quantization
+from .quant.stored import find_stored
 from .request import DEFAULT_TERMS, Answer, Pending, Terms, Usage
 from .runner import Runner, Sharing
 from .scheduler import Budget
 from .video import item_patches
-from .weights import load_weights, stored_dtype
+from .weights import load_weights, own_shapes, stored_dtype
 
 DTYPES = {
     "auto": None,
@@ -215,7 +217,12 @@ class Runtime:
         graphs = None
         if cuda_graphs:
             graphs = graphs_for(network.hidden, torch_device, ops.name, batch_tokens)
-        runner = Runner(network, torch_device, sharing, graphs)
+        arena = None
+        if ops.allocating:
+            stored = find_stored(checkpoint, own_shapes(checkpoint, config))
+            setup = Setup.loaded(torch_dtype, ops.name, ops.keeps, stored, plan)
+            arena = ArenaPlan.measure(config, setup)
+        runner = Runner(network, torch_device, sharing, graphs, arena)
         engine = Engine(runner, budget, queue_work=queue_tokens or math.inf)
         return cls(config, prompter, engine, options)
 

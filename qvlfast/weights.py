@@ -154,6 +154,14 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def own_shapes(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """:func:`expected_shapes` by the checkpoint's names, which may lack ``model.``."""
+    expected = expected_shapes(config)
+    if any(name.startswith("model.") for name in checkpoint.shapes):
+        return expected
+    return {name.removeprefix("model."): shape for name, shape in expected.items()}
+
+
 def fold_normalisation(
     weight: Tensor, bias: Tensor, pixels: PixelConfig, dtype: torch.dtype, *, still: bool
 ) -> tuple[Tensor, Tensor]:
@@ -337,11 +345,8 @@ def load_weights(
     Raises:
         CheckpointError: a tensor is missing, left over, misshapen or of a wrong type.
     """
-    expected = expected_shapes(config)
-    bare = not any(name.startswith("model.") for name in checkpoint.shapes)
-    prefix = "" if bare else "model."
-    if bare:
-        expected = {name.removeprefix("model."): shape for name, shape in expected.items()}
+    expected = own_shapes(checkpoint, config)
+    prefix = "model." if "model.visual.pos_embed.weight" in expected else ""
     # An embedder has no use for the head, and a tied head is the embedding itself; files of both
     # kinds exist with and without it.
     head_optional = answer_ids is None or config.tie_word_embeddings

@@ -56,11 +56,11 @@ class StandIn:
         self.gate.set()
         self.faults = {902}
 
-    def vision(self, batch):
+    def vision(self, batch, *, memory):
         yield
         return [torch.zeros(len(batch.positions[0]) // 4, 1)]
 
-    def text(self, batch, levels=(), resident=(), keep=(), *, cuts):
+    def text(self, batch, levels=(), resident=(), keep=(), *, cuts, memory):
         last = batch.ids[torch.from_numpy(batch.read)]
         self.begun.append(last.tolist())
         self.gate.wait(10)

@@ -91,8 +91,12 @@ def test_what_follows_is_done_on_the_unrounded_sum(kind, family, dtype) -> None:
     expected = activated(product, kind) + residual.double().numpy()
     if family == "descriptors":
         x, weight = aligned(x, weight)
-    got = linear(x, weight, bias, activation=kind, residual=residual, config=FAMILIES[family])
+    options = {"activation": kind, "config": FAMILIES[family]}
+    got = linear(x, weight, bias, residual=residual, **options)
     check(got, expected, dtype, spread=3.0)
+    onto = residual.contiguous()
+    assert linear(x, weight, bias, residual=onto, out=onto, **options) is onto
+    assert torch.equal(onto, got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -115,6 +115,12 @@ def test_rope(dtype, tokens, heads, dim) -> None:
     normed = wide * scale * weight.double().numpy()
     got = norm_rope(x, weight, cos, sin, 1e-6, config=blocks)
     check(got, rotate(normed, cos, sin), dtype, 3.0)
+    # In place, between values of others.
+    fused = torch.full((tokens, heads + 2, dim), 7.0, dtype=dtype)
+    fused[:, 1:-1] = x
+    norm_rope(fused[:, 1:-1], weight, cos, sin, 1e-6, config=blocks, out=fused[:, 1:-1])
+    assert torch.equal(fused[:, 1:-1], got)
+    assert (fused[:, [0, -1]] == 7.0).all()
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])

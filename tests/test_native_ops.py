@@ -436,6 +436,12 @@ def test_ropes(isa: str, dtype: torch.dtype, dim: int, rng: np.random.Generator)
     _C.norm_rope(x, weight, cos, sin, 1e-6, out, isa)
     wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
     close(out, rotate(wide), wide.abs().amax(-1, keepdim=True), dtype)
+    # In place, and nothing beside it.
+    beside = fused.clone()
+    _C.norm_rope(x, weight, cos, sin, 1e-6, x, isa)
+    assert torch.equal(x, out)
+    beside[:, 1 : heads + 1] = out
+    assert torch.equal(fused, beside)
 
 
 def exact_attention(

@@ -139,11 +139,15 @@ def test_the_reference_product_is_integer_arithmetic(form: str) -> None:
 
 
 def test_parts_bias_activation_and_residual_come_in_order() -> None:
-    x, residual = draw(5, 64), draw(5, 40, seed=3)
+    x, y = draw(5, 64), draw(5, 40, seed=3)
     a, b, bias = draw(24, 64, seed=1) / 8, draw(16, 64, seed=2) / 8, draw(40, seed=4)
-    got = Ops.linear(x, Ops.prepare([a, b], bias), activation="gelu_erf", residual=residual)
+    layer = Ops.prepare([a, b], bias)
+    got = Ops.linear(x, layer, activation="gelu_erf")
     plain = x @ torch.cat([a, b]).T + bias
-    torch.testing.assert_close(got, torch.nn.functional.gelu(plain) + residual)
+    torch.testing.assert_close(got, torch.nn.functional.gelu(plain))
+    expected = y + plain
+    Ops.add_linear(y, x, layer)
+    torch.testing.assert_close(y, expected)
     gated = Ops.gated_linear(x, Ops.prepare([a, a * 2], gated=True))
     torch.testing.assert_close(gated, torch.nn.functional.silu(x @ a.T) * (x @ a.T * 2))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import dlpack
 
 from .. import _C
+from ..arena import HEAP, Memory
 from ..ops import Forest, Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
 from ..ops.patch_embed import resample_positions
 from ..quant import Int4Weight, Int8Weight
@@ -60,60 +61,82 @@ def _prepare(
 
 
 def _linear(
-    x: Rows, layer: Linear, *, activation: str | None = None, residual: Tensor | None = None
+    x: Rows, layer: Linear, *, activation: str | None = None, memory: Memory = HEAP
 ) -> Tensor:
     packed = layer.weight
-    out = torch.empty(len(x), packed.n // 2 if packed.gated else packed.n, dtype=x.dtype)
-    values, scale = (x, None) if isinstance(x, Tensor) else (x.values, x.scale)
-    rest = (_maybe(layer.bias), activation or "none", _maybe(residual), view(out))
-    _C.gemm(view(values), _maybe(scale), packed, *rest)
+    out = memory.empty((len(x), packed.n // 2 if packed.gated else packed.n), dtype=x.dtype)
+    _multiply(x, layer, activation or "none", None, out)
     return out
 
 
-def _gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:
-    out = _linear(x, layer, activation="swiglu")
-    return out if rows == "float" else _quantise(out)
+def _add_linear(y: Tensor, x: Rows, layer: Linear) -> None:
+    # A value of y is read as the residual before it is written, by the same thread.
+    _multiply(x, layer, "none", y, y)
 
 
-def _quantise(x: Tensor) -> QuantisedRows:
-    rows = _new_rows(x)
+def _multiply(
+    x: Rows, layer: Linear, activation: str, residual: Tensor | None, out: Tensor
+) -> None:
+    values, scale = (x, None) if isinstance(x, Tensor) else (x.values, x.scale)
+    rest = (_maybe(layer.bias), activation, _maybe(residual), view(out))
+    _C.gemm(view(values), _maybe(scale), layer.weight, *rest)
+
+
+def _gated_linear(
+    x: Rows, layer: Linear, *, rows: RowFormat = "float", memory: Memory = HEAP
+) -> Rows:
+    out = _linear(x, layer, activation="swiglu", memory=memory)
+    return out if rows == "float" else _quantise(out, memory)
+
+
+def _quantise(x: Tensor, memory: Memory) -> QuantisedRows:
+    rows = _new_rows(x, memory)
     _C.quantise_rows(view(x), view(rows.values), view(rows.scale))
     return rows
 
 
-def _new_rows(x: Tensor) -> QuantisedRows:
-    values = torch.empty(x.shape, dtype=torch.int8)
-    return QuantisedRows(values, torch.empty(len(x), dtype=torch.float32), x.dtype)
+def _new_rows(x: Tensor, memory: Memory) -> QuantisedRows:
+    values = memory.empty(x.shape, dtype=torch.int8)
+    return QuantisedRows(values, memory.empty((len(x),), dtype=torch.float32), x.dtype)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float") -> Rows:
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float", memory: Memory = HEAP
+) -> Rows:
     if rows == "float":
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = memory.empty(x.shape, dtype=x.dtype)
         _C.rms_norm(view(x), view(weight), eps, view(out))
         return out
-    made = _new_rows(x)
+    made = _new_rows(x, memory)
     _C.rms_norm_rows(view(x), view(weight), eps, view(made.values), view(made.scale))
     return made
 
 
 def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, rows: RowFormat = "float"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    rows: RowFormat = "float",
+    memory: Memory = HEAP,
 ) -> Rows:
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = memory.empty(x.shape, dtype=x.dtype)
     _C.layer_norm(view(x), view(weight), view(bias), eps, view(out))
-    return out if rows == "float" else _quantise(out)
+    return out if rows == "float" else _quantise(out, memory)
 
 
-def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _C.rope(view(x), view(cos), view(sin), view(out))
-    return out
+def _embed(ids: Tensor, table: Tensor, *, memory: Memory = HEAP) -> Tensor:
+    out = memory.empty((len(ids), table.shape[1]), dtype=table.dtype)
+    return torch.index_select(table, 0, ids, out=out)
 
 
-def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _C.norm_rope(view(x), view(weight), view(cos), view(sin), eps, view(out))
-    return out
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    _C.rope(view(x), view(cos), view(sin), view(x))
+
+
+def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+    _C.norm_rope(view(x), view(weight), view(cos), view(sin), eps, view(x))
 
 
 def _attention(
@@ -125,8 +148,9 @@ def _attention(
     causal: bool,
     scale: float,
     read: NDArray[np.int64] | None = None,
+    memory: Memory = HEAP,
 ) -> Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = memory.empty(q.shape, dtype=q.dtype)
     edges = (forest.cu_q, forest.cu_k, forest.parent)
     _C.attention(view(q), view(k), view(v), *edges, causal, scale, read, view(out))
     return out
@@ -138,10 +162,12 @@ def _patch_embed(
     table: Tensor,
     grids: Sequence[tuple[int, int, int]],
     merge: int,
+    *,
+    memory: Memory = HEAP,
 ) -> Tensor:
-    positions = resample_positions(table, grids, merge)
     dtype = torch.float32 if layer.weight.format == "f32" else torch.bfloat16
-    out = torch.empty(len(pixels), layer.weight.n, dtype=dtype)
+    out = memory.empty((len(pixels), layer.weight.n), dtype=dtype)
+    positions = resample_positions(table, grids, merge)
     rest = (_maybe(layer.bias), "none", view(positions), view(out))
     _C.gemm(view(pixels), None, layer.weight, *rest)
     return out
@@ -175,9 +201,21 @@ class NativeOps(Ops):
     name = "native"
     keeps = frozenset({"int8", "int4"})
 
+    allocating = (
+        "linear",
+        "gated_linear",
+        "embed",
+        "rms_norm",
+        "layer_norm",
+        "attention",
+        "patch_embed",
+    )
+
     prepare = staticmethod(_prepare)
     linear = staticmethod(_linear)
+    add_linear = staticmethod(_add_linear)
     gated_linear = staticmethod(_gated_linear)
+    embed = staticmethod(_embed)
     rms_norm = staticmethod(_rms_norm)
     layer_norm = staticmethod(_layer_norm)
     rope = staticmethod(_rope)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ..arena import HEAP, Memory
 from ..errors import BackendError
 from ..kernels.attention import attention
 from ..kernels.common import RefusalError
@@ -21,7 +24,7 @@ from ..kernels.patch_embed import patch_embed
 from ..kernels.pool import pool, score
 from ..kernels.quantise import has_e4m3, quantise_rows, require_form
 from ..kernels.rope import mrope_tables, norm_rope, rope, vision_rope_tables
-from ..ops import Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
+from ..ops import Forest, Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
 from ..quant import Fp8BlockWeight, Fp8Weight, Int4Weight, Int8Weight, quantise
 from ..quant.weights import FP8_BLOCK
 
@@ -88,51 +91,90 @@ def _prepare(
     raise RefusalError(f"prepare: weights of several formats in one linear: {kinds}")
 
 
-def _product(x: Rows, layer: Linear, **epilogue: Any) -> Tensor:
-    rows = _as_rows(x, layer.rows) if isinstance(x, Tensor) else x
-    weight = layer.weight
+def _product(x: Rows, layer: Linear, memory: Memory, **epilogue: Any) -> Tensor:
+    rows = _as_rows(x, layer.rows, memory) if isinstance(x, Tensor) else x
+    weight, bias, new = layer.weight, layer.bias, memory.empty
     if isinstance(weight, Tensor) and isinstance(rows, Tensor):
-        return linear(rows, weight, layer.bias, **epilogue)
+        return linear(rows, weight, bias, new=new, **epilogue)
     if isinstance(weight, Tensor) or isinstance(rows, Tensor):
         raise RefusalError("linear: quantised rows meet a weight that is not quantised")
+    values, scale, dtype = rows.values, rows.scale, rows.dtype
     if isinstance(weight, Int4Packed):
-        return linear_int4(
-            rows.values, rows.scale, weight, layer.bias, dtype=rows.dtype, **epilogue
-        )
+        return linear_int4(values, scale, weight, bias, dtype=dtype, new=new, **epilogue)
     return linear_quantised(
-        rows.values,
-        rows.scale,
-        weight.values,
-        weight.scale,
-        layer.bias,
-        dtype=rows.dtype,
-        **epilogue,
+        values, scale, weight.values, weight.scale, bias, dtype=dtype, new=new, **epilogue
     )
 
 
 @_guarded
 def _linear(
-    x: Rows, layer: Linear, *, activation: str | None = None, residual: Tensor | None = None
+    x: Rows, layer: Linear, *, activation: str | None = None, memory: Memory = HEAP
 ) -> Tensor:
-    return _product(x, layer, activation=activation or "none", residual=residual)
+    return _product(x, layer, memory, activation=activation or "none")
 
 
 @_guarded
-def _gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:
+def _add_linear(y: Tensor, x: Rows, layer: Linear, *, memory: Memory = HEAP) -> None:
+    _product(x, layer, memory, residual=y, out=y)
+
+
+@_guarded
+def _gated_linear(
+    x: Rows, layer: Linear, *, rows: RowFormat = "float", memory: Memory = HEAP
+) -> Rows:
     # A program has a few columns of a row, so the scale of the whole row takes another launch.
-    return _as_rows(_product(x, layer, gated=True), rows)
+    return _as_rows(_product(x, layer, memory, gated=True), rows, memory)
 
 
 @_guarded
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float") -> Rows:
-    return _rows(rms_norm(x, weight, eps, rows), x.dtype)
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float", memory: Memory = HEAP
+) -> Rows:
+    return _rows(rms_norm(x, weight, eps, rows, new=memory.empty), x.dtype)
 
 
 @_guarded
 def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, rows: RowFormat = "float"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    rows: RowFormat = "float",
+    memory: Memory = HEAP,
 ) -> Rows:
-    return _rows(layer_norm(x, weight, bias, eps, rows), x.dtype)
+    return _rows(layer_norm(x, weight, bias, eps, rows, new=memory.empty), x.dtype)
+
+
+@_guarded
+def _embed(ids: Tensor, table: Tensor, *, memory: Memory = HEAP) -> Tensor:
+    return embed(ids, table, new=memory.empty)
+
+
+@_guarded
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    rope(x, cos, sin, out=x)
+
+
+@_guarded
+def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+    norm_rope(x, weight, cos, sin, eps, out=x)
+
+
+@_guarded
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    forest: Forest,
+    *,
+    causal: bool,
+    scale: float,
+    read: NDArray[np.int64] | None = None,
+    memory: Memory = HEAP,
+) -> Tensor:
+    new = memory.empty
+    return attention(q, k, v, forest, causal=causal, scale=scale, read=read, new=new)
 
 
 @_guarded
@@ -142,16 +184,18 @@ def _patch_embed(
     table: Tensor,
     grids: Sequence[tuple[int, int, int]],
     merge: int,
+    *,
+    memory: Memory = HEAP,
 ) -> Tensor:
-    return patch_embed(pixels, layer.weight, layer.bias, table, grids, merge)
+    return patch_embed(pixels, layer.weight, layer.bias, table, grids, merge, new=memory.empty)
 
 
 def _rows(made: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Rows:
     return made if isinstance(made, Tensor) else QuantisedRows(*made, dtype)
 
 
-def _as_rows(x: Tensor, form: RowFormat) -> Rows:
-    return x if form == "float" else _rows(quantise_rows(x, form), x.dtype)
+def _as_rows(x: Tensor, form: RowFormat, memory: Memory) -> Rows:
+    return x if form == "float" else _rows(quantise_rows(x, form, new=memory.empty), x.dtype)
 
 
 class TritonOps(Ops):
@@ -164,17 +208,29 @@ class TritonOps(Ops):
         if has_e4m3(device):
             self.keeps |= {"fp8", "fp8_blocks"}
 
+    allocating = (
+        "linear",
+        "add_linear",
+        "gated_linear",
+        "embed",
+        "rms_norm",
+        "layer_norm",
+        "attention",
+        "patch_embed",
+    )
+
     prepare = staticmethod(_prepare)
     linear = staticmethod(_linear)
+    add_linear = staticmethod(_add_linear)
     gated_linear = staticmethod(_gated_linear)
-    embed = staticmethod(_guarded(embed))
+    embed = staticmethod(_embed)
     rms_norm = staticmethod(_rms_norm)
     layer_norm = staticmethod(_layer_norm)
     mrope_tables = staticmethod(_guarded(mrope_tables))
     vision_rope_tables = staticmethod(_guarded(vision_rope_tables))
-    rope = staticmethod(_guarded(rope))
-    norm_rope = staticmethod(_guarded(norm_rope))
-    attention = staticmethod(_guarded(attention))
+    rope = staticmethod(_rope)
+    norm_rope = staticmethod(_norm_rope)
+    attention = staticmethod(_attention)
     patch_embed = staticmethod(_patch_embed)
     add_rows = staticmethod(_guarded(add_rows))
     pool = staticmethod(_guarded(pool))

@@ -10,14 +10,15 @@ from math import prod
 
 import torch
 
+from ..batch import piece_limits
 from ..checkpoint import Checkpoint
 from ..config import ModelConfig
 from ..dispatch import choose_ops
 from ..errors import BackendError
 from ..memory import Setup, largest_batch, peak_activations, weight_bytes
 from ..quant import Quantization
-from ..quant.stored import Stored, find_stored, published_name
-from ..weights import expected_shapes
+from ..quant.stored import find_stored
+from ..weights import own_shapes
 
 # Python, torch and the tokenizer were measured at 0.45 GiB on a CPU; pixels that wait for the
 # model take up to 0.2 GiB more. A CUDA context and its libraries take about 0.6 GiB of the GPU.
@@ -131,9 +132,7 @@ class Planner:
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, device: Device) -> None:
         self.config = config
         self.device = device
-        bare = not any(name.startswith("model.") for name in checkpoint.shapes)
-        expected = expected_shapes(config)
-        own = {(n.removeprefix("model.") if bare else n): s for n, s in expected.items()}
+        own = own_shapes(checkpoint, config)
         self.stored = find_stored(checkpoint, own)
         self.shapes = {n: s for n, s in own.items() if n in checkpoint.shapes or n in self.stored}
         self.missing = sorted(set(own) - set(self.shapes) - {"lm_head.weight"})
@@ -155,6 +154,7 @@ class Planner:
                 tokens=wish.tokens,
                 patches=wish.patches,
                 longest=wish.longest,
+                limits=piece_limits(self.device.kind),
             ),
             self.device.fixed,
         )
@@ -172,7 +172,12 @@ class Planner:
         def peak(count: int) -> int:
             tokens, patches = (count // merged, count) if pictures else (count, 0)
             return peak_activations(
-                self.config, setup, tokens=tokens, patches=patches, longest=wish.longest
+                self.config,
+                setup,
+                tokens=tokens,
+                patches=patches,
+                longest=wish.longest,
+                limits=piece_limits(self.device.kind),
             )
 
         return largest_batch(peak, room)
@@ -192,17 +197,7 @@ class Planner:
             name, keeps = ops.name, keeps & set(ops.keeps)
         if name == "native" or not self.device.fp8:
             keeps -= {"fp8", "fp8_blocks"}
-        stored = {published_name(full): value for full, value in self.stored.items()}
-
-        def form(name: str) -> str:
-            known: Stored | None = stored.get(name)
-            if known is not None and known.form in keeps:
-                return known.form
-            if plan is None or not plan.covers(name):
-                return "float"
-            return plan.format if plan.format in keeps else "float"
-
-        return Setup(dtype, name, form, plan.group if plan else 64)
+        return Setup.loaded(dtype, name, keeps, self.stored, plan)
 
     def _parts(self, setup: Setup) -> tuple[Part, ...]:
         loaded = weight_bytes(self.shapes, setup)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arena import HEAP, Memory
 from ..batch import Batch, Cut, VisionBatch
 from ..cache import KeysValues
 from ..config import ModelConfig
@@ -47,9 +48,16 @@ class Model:
         self.ops = ops
 
     @torch.inference_mode()
-    def vision(self, batch: VisionBatch) -> Generator[None, None, list[Tensor]]:
-        """Visual tokens and the levels of deepstack, ``[V, hidden_size]`` each."""
-        return (yield from vision_forward(self.ops, self.weights.vision, self.config.vision, batch))
+    def vision(
+        self, batch: VisionBatch, *, memory: Memory = HEAP
+    ) -> Generator[None, None, list[Tensor]]:
+        """Visual tokens and the levels of deepstack, ``[V, hidden_size]`` each.
+
+        Args:
+            memory: for what is in between; the results are on the heap.
+        """
+        ops = self.ops.on(memory)
+        return (yield from vision_forward(ops, self.weights.vision, self.config.vision, batch))
 
     @torch.inference_mode()
     def text(
@@ -60,6 +68,7 @@ class Model:
         keep: Sequence[slice] = (),
         *,
         cuts: Sequence[Cut],
+        memory: Memory = HEAP,
     ) -> Generator[None, None, Output]:
         """Vectors or scores of ``batch.read``.
 
@@ -67,10 +76,11 @@ class Model:
             levels: of :meth:`vision`, or empty; ``batch.visual_rows`` says which rows go where.
             resident, keep: see :func:`qvlfast.model.text.text_forward`.
             cuts: which of them are wanted in which form.
+            memory: for what is in between; the results are on the heap.
         """
         rows = [level[batch.visual_rows] for level in levels]
         output = yield from text_forward(
-            self.ops,
+            self.ops.on(memory),
             self.weights.text,
             self.config.text,
             batch,
@@ -93,11 +103,15 @@ class Model:
         """What :meth:`text` gives of ``hidden``, which is that of :meth:`hidden`."""
         return self._head(hidden, None, cuts)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, *, memory: Memory = HEAP) -> Tensor:
         """Both stages at once: whole vectors, or scores, of ``batch.read``."""
-        levels = [] if batch.vision is None else drain(self.vision(batch.vision))
+        levels = []
+        if batch.vision is not None:
+            with memory.scope():
+                levels = drain(self.vision(batch.vision, memory=memory))
         whole = Cut(None, np.arange(len(batch.read)))
-        return drain(self.text(batch, levels, cuts=[whole])).values[0]
+        with memory.scope():
+            return drain(self.text(batch, levels, cuts=[whole], memory=memory)).values[0]
 
     def _head(self, hidden: Tensor, read: Tensor | None, cuts: Sequence[Cut]) -> tuple[Tensor, ...]:
         return head_forward(self.ops, self.weights, self.config.text, hidden, read, cuts)

@@ -8,7 +8,8 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from ..batch import VisionBatch
+from ..arena import HEAP
+from ..batch import VisionBatch, Window
 from ..config import VisionConfig
 from ..ops import Forest, Ops
 from ..weights import Merger, VisionBlock, VisionWeights
@@ -19,6 +20,9 @@ def vision_forward(
 ) -> Generator[None, None, list[Tensor]]:
     """Run the tower over packed pictures and videos, piece by piece: a block, or a window of one.
 
+    Hidden states change in place; what else a block makes is in a scope of ``ops.memory``. What is
+    returned is not in that memory.
+
     Returns:
         The visual tokens ``[V, out_hidden_size]``, and then for each deepstack level what is added
         to them after the decoder layer of that number, ``[V, out_hidden_size]`` each.
@@ -26,14 +30,13 @@ def vision_forward(
     x = _embed_patches(ops, weights, config, batch)
     cos, sin = ops.vision_rope_tables(batch.positions, config.head_dim, config.rope_theta)
     deepstack = []
+    windows = batch.windows or (Window(slice(0, len(x)), batch.forest),)
     for index, block in enumerate(weights.blocks):
-        if batch.windows:
-            for window in batch.windows:
-                at = window.rows
-                x[at] = _block(ops, block, config, window.forest, x[at], cos[at], sin[at])
+        for window in windows:
+            at = window.rows
+            _block(ops, block, config, window.forest, x[at], cos[at], sin[at])
+            if len(windows) > 1:
                 yield
-        else:
-            x = _block(ops, block, config, batch.forest, x, cos, sin)
         if index in config.deepstack_layers:
             level = config.deepstack_layers.index(index)
             deepstack.append(_merge(ops, weights.deepstack[level], config, x))
@@ -67,25 +70,30 @@ def _block(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-) -> Tensor:
+) -> None:
+    """One block for some patches, in place."""
     norm1, norm2 = block.norm1, block.norm2
-    normed = ops.layer_norm(x, norm1.weight, norm1.bias, config.norm_eps, rows=block.qkv.rows)
-    qkv = ops.linear(normed, block.qkv)
-    q, k, v = qkv.view(len(x), 3, config.num_heads, config.head_dim).unbind(1)
-    q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
-    scale = config.head_dim**-0.5
-    attended = ops.attention(q, k, v, forest, causal=False, scale=scale)
-    x = ops.linear(attended.flatten(1), block.proj, residual=x)
-    normed = ops.layer_norm(x, norm2.weight, norm2.bias, config.norm_eps, rows=block.fc1.rows)
-    hidden = ops.linear(normed, block.fc1, activation="gelu_tanh")
-    return ops.linear(hidden, block.fc2, residual=x)
+    with ops.memory.scope():
+        normed = ops.layer_norm(x, norm1.weight, norm1.bias, config.norm_eps, rows=block.qkv.rows)
+        qkv = ops.linear(normed, block.qkv)
+        q, k, v = qkv.view(len(x), 3, config.num_heads, config.head_dim).unbind(1)
+        for rotated in (q, k):
+            ops.rope(rotated, cos, sin)
+        scale = config.head_dim**-0.5
+        attended = ops.attention(q, k, v, forest, causal=False, scale=scale)
+        ops.add_linear(x, attended.flatten(1), block.proj)
+    with ops.memory.scope():
+        normed = ops.layer_norm(x, norm2.weight, norm2.bias, config.norm_eps, rows=block.fc1.rows)
+        hidden = ops.linear(normed, block.fc1, activation="gelu_tanh")
+        ops.add_linear(x, hidden, block.fc2)
 
 
 def _merge(ops: Ops, merger: Merger, config: VisionConfig, x: Tensor) -> Tensor:
     """Neighbouring patches are adjacent rows, so concatenating them is a view."""
     if merger.norm_merged:
         x = x.view(-1, config.merged_size)
-    normed = ops.layer_norm(x, merger.norm.weight, merger.norm.bias, config.norm_eps)
-    assert isinstance(normed, Tensor)
-    hidden = ops.linear(normed.view(-1, config.merged_size), merger.fc1, activation="gelu_erf")
-    return ops.linear(hidden, merger.fc2)
+    with ops.memory.scope():
+        normed = ops.layer_norm(x, merger.norm.weight, merger.norm.bias, config.norm_eps)
+        assert isinstance(normed, Tensor)
+        hidden = ops.linear(normed.view(-1, config.merged_size), merger.fc1, activation="gelu_erf")
+        return ops.on(HEAP).linear(hidden, merger.fc2)

@@ -67,24 +67,28 @@ def prepare(
     return Linear(made, bias, rows)
 
 
-def linear(
-    x: Rows, layer: Linear, *, activation: str | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """activation(x · weightᵀ + bias) + residual, accumulated in float32, int8 exactly.
+def linear(x: Rows, layer: Linear, *, activation: str | None = None) -> Tensor:
+    """activation(x · weightᵀ + bias), accumulated in float32, int8 exactly.
 
     Args:
         x: ``[M, K]``, float32, bfloat16 or float16, or quantised.
         layer: of :func:`prepare`.
         activation: ``gelu_tanh``, ``gelu_erf`` or None.
-        residual: ``[M, N]``, the dtype of ``x``.
 
     Returns:
         ``[M, N]`` in the dtype of ``x``.
     """
     y = _product(x, layer)
-    if activation is not None:
-        y = ACTIVATIONS[activation](y)
-    return y if residual is None else residual + y
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def add_linear(y: Tensor, x: Rows, layer: Linear) -> None:
+    """``y += linear(x, layer)``, in place: the second half of a residual branch.
+
+    Args:
+        y: ``[M, N]``, the dtype of ``x``; rows may be apart.
+    """
+    y += _product(x, layer)
 
 
 def gated_linear(x: Rows, layer: Linear, *, rows: RowFormat = "float") -> Rows:

@@ -57,31 +57,30 @@ def vision_rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[
     return angle.cos(), angle.sin()
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate every head of every token.
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate every head of every token, in place.
 
     Args:
-        x: ``[T, H, D]``.
+        x: ``[T, H, D]``; tokens and heads may be apart.
         cos, sin: ``[T, D / 2]`` float32.
-
-    Returns:
-        ``[T, H, D]`` in the dtype of ``x``.
     """
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    x.copy_(_rotated(x, cos, sin))
 
 
-def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """RMSNorm of each head, then :func:`rope`: what the decoder does to its queries and keys.
+def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+    """RMSNorm of each head, then :func:`rope`, in place: what the decoder does to its queries and
+    keys.
 
     Args:
-        x: ``[T, H, D]``.
+        x: ``[T, H, D]``; tokens and heads may be apart.
         weight: ``[D]``.
         cos, sin: ``[T, D / 2]`` float32.
-
-    Returns:
-        ``[T, H, D]`` in the dtype of ``x``.
     """
-    return rope(normalise(x, weight, eps), cos, sin).to(x.dtype)
+    x.copy_(_rotated(normalise(x, weight, eps), cos, sin))
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
