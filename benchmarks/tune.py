@@ -8,7 +8,8 @@ For every class of shapes that a table tells apart, candidates that fit the GPU 
 float32 and then timed in turn with the blocks in use: CUDA graphs of one call, by events, with the
 cache flushed before each. The best few are timed again. One replaces the blocks in use only if it
 is faster by more than the noise, which those blocks themselves show when they are timed twice, and
-slower for none of the shapes. Ends after --minutes; classes not reached keep what they have.
+slower for none of the shapes. Plain products in 16 bits are then timed against cuBLAS, so that the
+code takes whichever is faster. Ends after --minutes; classes not reached keep what they have.
 
 Afterwards run ``python -m benchmarks.aot`` and ``python -m benchmarks.gpu`` once more: the machine
 code is others, and so are the times.
@@ -215,6 +216,17 @@ def tune(
     return timed, None if best is None else (best, last[best].middle)
 
 
+def against_vendor(entry: Entry, config: Config, timer: Timer) -> float | None:
+    """Time of these blocks over that of the vendor's library; None where there is no choice."""
+    times = []
+    for trial in entry.trials():
+        if trial.vendor is None:
+            return None
+        runs = [timer.prepare(trial.vendor), timer.prepare(partial(trial.run, config))]
+        times.append(timer.rounds(runs, _FINAL_ROUNDS))
+    return ratios(times)[0].middle
+
+
 def _text(config: Config) -> str:
     from benchmarks.tune_cases import blocks
 
@@ -355,9 +367,14 @@ def tune_all(
     """
     rows: list[Row] = []
     chosen: dict[Entry, tuple[Config, float]] = {}
+    vendor: dict[Entry, float] = {}
     timed = 0
     for entry in every:
         found, best = tune(entry, timer, left)
+        if found and any(row.state in ("now", "chosen") for row in found):
+            ratio = against_vendor(entry, best[0] if best else entry.now, timer)
+            if ratio is not None:
+                vendor[entry] = ratio
         rows += found
         timed += bool(found)
         if best is not None:
@@ -370,7 +387,7 @@ def tune_all(
             f"{about['device']}, torch {about['torch']}, Triton {about['triton']}, "
             f"{datetime.date.today()}, {about['commit']}: {timed} of {len(every)} classes timed"
         )
-        tables.write_text(render(*updated(target, note, chosen), tables.read_text()))
+        tables.write_text(render(*updated(target, note, chosen, vendor), tables.read_text()))
     print(f"{timed} of {len(every)} classes timed, {len(chosen)} changed")
 
 

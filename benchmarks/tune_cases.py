@@ -23,6 +23,7 @@ from qvlfast.kernels.gemm_int4 import linear_int4, pack_int4
 from qvlfast.kernels.measured import PRODUCTS
 from qvlfast.kernels.norm import rms_norm
 from qvlfast.kernels.quantise import quantise_rows
+from qvlfast.kernels.vendor import vendor_linear
 from torch import Tensor
 
 from benchmarks.aot import SHARED_KB
@@ -78,11 +79,13 @@ class Trial:
     Attributes:
         run: the op with these blocks; quantised rows are values and scales.
         truth: the same in float32.
+        vendor: the same by the vendor's library, where the code may choose between the two.
     """
 
     name: str
     run: Callable[[Config], Tensor | tuple[Tensor, Tensor]]
     truth: Callable[[], Tensor]
+    vendor: Callable[[], Tensor] | None = None
 
     def error(self, config: Config, truth: Tensor) -> float:
         """The largest over the largest value of the truth; NaN where there is one."""
@@ -272,7 +275,10 @@ def product_trial(
             y = F.silu(y[:, :n]) * y[:, n:]
         return y if residual is None else y + residual.float()
 
-    return Trial(f"{m} x {n} x {k}", run, truth)
+    vendor = None
+    if kind == "float16" and not gated:
+        vendor = partial(vendor_linear, x, w, residual=residual)
+    return Trial(f"{m} x {n} x {k}", run, truth, vendor)
 
 
 # Attention.

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from benchmarks.tune_cases import Config, Entry
 
 TABLES = Path(__file__).parents[1] / "kernels" / "measured.py"
-NAMES = ("PRODUCTS", "ATTENTION", "ROWS")
+NAMES = ("PRODUCTS", "VENDOR", "ATTENTION", "ROWS")
 
 
 def render(provenance: dict[str, str], tables: dict[str, dict[Any, Any]], source: str) -> str:
@@ -26,6 +26,9 @@ def render(provenance: dict[str, str], tables: dict[str, dict[Any, Any]], source
                     lines.append(f"    {_quoted(key)}: {_quoted(value)},")
                     continue
                 shown = ", ".join(_quoted(k) if isinstance(k, str) else str(k) for k in key)
+                if isinstance(value, float):
+                    lines.append(f"    ({shown}): {value:.3g},")
+                    continue
                 lines += [f"    ({shown}): Measured("]
                 lines += [f"        blocks={value.blocks},", f"        was={value.was},"]
                 lines += [f"        ratio={value.ratio:.3g},", "    ),"]
@@ -43,8 +46,13 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "/").replace('"', "'") + '"'
 
 
-def updated(target: str, note: str, chosen: dict[Entry, tuple[Config, float]]) -> tuple[Any, Any]:
-    """What kernels/measured.py holds, with ``chosen`` in it."""
+def updated(
+    target: str,
+    note: str,
+    chosen: dict[Entry, tuple[Config, float]],
+    vendor: dict[Entry, float],
+) -> tuple[Any, Any]:
+    """What kernels/measured.py holds, with ``chosen`` in it, and times over the library's."""
     from benchmarks.tune_cases import blocks
     from qvlfast.kernels import measured
 
@@ -52,4 +60,7 @@ def updated(target: str, note: str, chosen: dict[Entry, tuple[Config, float]]) -
     for entry, (config, ratio) in chosen.items():
         made = measured.Measured(blocks(config), blocks(entry.now), float(f"{ratio:.3g}"))
         tables[entry.table][entry.key] = made
+    for entry, ratio in vendor.items():
+        _, own, rows, _ = entry.key
+        tables["VENDOR"][own, rows] = float(f"{ratio:.3g}")
     return {**measured.PROVENANCE, target: note}, tables

@@ -24,6 +24,10 @@ PROVENANCE: dict[str, str] = {}
 # (kind, target, most rows, gated) → m, n, k, warps, stages
 PRODUCTS: dict[tuple[str, str, int, bool], Measured] = {}
 
+# (target, most rows) → time of the chosen blocks over that of the vendor's library: plain products
+# in 16 bits, the geometric mean over the shapes of the models
+VENDOR: dict[tuple[str, int], float] = {}
+
 # (target, head size as a power of two, queries of a segment as one) → m, n, warps, stages
 ATTENTION: dict[tuple[str, int, int], Measured] = {}
 

@@ -145,6 +145,7 @@ class Engine:
                 waiting_work=scheduler.waiting_work,
                 oldest_wait=scheduler.age(time.monotonic()),
                 budget_tokens=scheduler.budget.tokens,
+                arena_bytes=self._runner.arena_bytes,
                 **caches,
             )
 

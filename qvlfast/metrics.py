@@ -31,6 +31,9 @@ class Metrics:
         tokens_cached: of those not computed, found in a cache, as a beginning or with the answer;
             the others were shared within their batch.
         patches, patches_computed: the same for pictures and videos.
+        arena_bytes: that blocks for activations have now.
+        arena_spilled: bytes of activations for which such a block was too small, and the heap gave;
+            more than 0 is a fault in the plan of memory, and costs nothing else.
         prefix_cache, vision_cache, answer_cache: see :class:`qvlfast.cache.CacheCounts`.
         stage_seconds: time in ``prepare`` (all host threads together), ``vision``, ``text``.
         keys_seconds: the part of ``prepare`` that was hashing for shared beginnings.
@@ -56,6 +59,8 @@ class Metrics:
     tokens_cached: int = 0
     patches: int = 0
     patches_computed: int = 0
+    arena_bytes: int = 0
+    arena_spilled: int = 0
     prefix_cache: CacheCounts = field(default_factory=CacheCounts)
     vision_cache: CacheCounts = field(default_factory=CacheCounts)
     answer_cache: CacheCounts = field(default_factory=CacheCounts)

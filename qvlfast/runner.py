@@ -4,6 +4,7 @@ from earlier batches not at all."""
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -123,11 +124,17 @@ class Runner:
         """Start with empty caches, and locks that nobody holds."""
         self.counters = Counters()
         self._numbers = Numbers()
-        self._arenas: list[Arena] = []
+        self._arenas: list[Arena] = []  # that no batch is using
+        self._blocks: weakref.WeakSet[Arena] = weakref.WeakSet()
         budget = self._sharing.cache_bytes if self._sharing.prefixes else 0
         self._answers = AnswerCache(budget // _ANSWERS)
         self._prefixes = PrefixCache(budget - self._answers.budget)
         self._vision = VisionCache(self._sharing.vision_cache_bytes)
+
+    @property
+    def arena_bytes(self) -> int:
+        """Of the blocks for activations."""
+        return sum(arena.size for arena in list(self._blocks))
 
     def forget(self) -> None:
         """Drop what the caches hold, the graphs, and memory that no batch is using."""
@@ -189,10 +196,13 @@ class Runner:
             return
         resident = sum(segment.length for segment in packed.plan.resident)
         arena = self._arenas.pop() if self._arenas else Arena(self.device)
+        self._blocks.add(arena)
         arena.reserve(self._plan.size(packed.batch, resident))
         try:
             yield arena
         finally:
+            if arena.spilled:
+                self.counters.add(arena_spilled=arena.spilled)
             self._arenas.append(arena)
 
     def _compute(

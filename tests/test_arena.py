@@ -129,7 +129,8 @@ def test_nothing_is_used_after_its_scope_and_nothing_spills(
     (arena,) = runner._arenas
     assert isinstance(arena, Poisoned)
     assert arena.peak > 0
-    assert arena.spilled == 0
+    metrics = loaded.metrics()
+    assert (metrics.arena_bytes, metrics.arena_spilled) == (arena.size, 0)
     runner._plan = None
     assert np.array_equal(got, loaded.encode(inputs))
 
@@ -144,7 +145,7 @@ def test_a_rerank_with_kept_beginnings_does_not_spill(monkeypatch: pytest.Monkey
     runner._answers.clear()
     again = loaded.predict(pairs)  # with the query's keys and values resident
     assert runner.counts["prefix_cache"].hits > 0
-    assert all(arena.spilled == 0 for arena in runner._arenas)
+    assert loaded.metrics().arena_spilled == 0
     # Batches of other rows, whose bfloat16 differs in the last bits.
     np.testing.assert_allclose(first, again, atol=1e-2)
 

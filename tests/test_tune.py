@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.aot import SHARED_KB
 from benchmarks.gpu import machine
 from benchmarks.tune import (
     Ratio,
+    against_vendor,
     better,
     check,
     compile_part,
@@ -29,7 +31,7 @@ from benchmarks.tune import (
     tune_all,
 )
 from benchmarks.tune_cases import DRY, Entry, Sizes, Trial, blocks, entries
-from benchmarks.tune_tables import TABLES, render, updated
+from benchmarks.tune_tables import NAMES, TABLES, render, updated
 from qvlfast.kernels import measured
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -124,6 +126,25 @@ def test_a_wrong_candidate_is_never_timed() -> None:
     assert set(asked) == {NOW} and rows[2].note == "not these"
 
 
+def test_plain_products_are_timed_against_the_library() -> None:
+    both = [
+        Trial(f"{library}", lambda config: TRUTH, lambda: TRUTH, partial(print, library))
+        for library in (8.0, 4.5)
+    ]
+
+    class Timer(FakeTimer):
+        def rounds(self, runs: Sequence[Any], count: int) -> list[list[float]]:
+            library, kernel = runs
+            assert kernel.args == (FAST,)
+            return [[library.args[0], 6.0]] * count
+
+    timer = Timer(lambda config, i: 0.0)
+    entry_of = Entry("PRODUCTS", ("float16", "sm_90", 16, False), NOW, (FAST,), lambda: both)
+    ratio = against_vendor(entry_of, FAST, timer)
+    assert ratio == pytest.approx((6 / 8 * 6 / 4.5) ** 0.5)
+    assert against_vendor(entry(FAST), FAST, timer) is None
+
+
 def test_without_anything_to_measure_against_nothing_changes() -> None:
     def run(config: Any) -> Any:
         return TRUTH * (torch.nan if config == NOW else 1)
@@ -191,19 +212,24 @@ def test_the_code_reads_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_it_writes(tmp_path: Path) -> None:
     source = TABLES.read_text()
-    same = {name: getattr(measured, name) for name in ("PRODUCTS", "ATTENTION", "ROWS")}
+    same = {name: getattr(measured, name) for name in NAMES}
     assert render(measured.PROVENANCE, same, source) == source
     chosen = {e: (e.candidates[-1], 0.87654) for e in entries("sm_120", Sizes(), META)}
+    vendor = {
+        e: 0.98765 for e in chosen if e.table == "PRODUCTS" and e.key[::3] == ("float16", False)
+    }
+    assert len(vendor) == 3
     note = 'A "card", torch 2.11.0, Triton 3.6.0, 2030-01-31, abc: all timed'
-    written = render(*updated("sm_120", note, chosen), source)
+    written = render(*updated("sm_120", note, chosen, vendor), source)
     namespace: dict[str, Any] = {}
     exec(compile(written, "measured.py", "exec"), namespace)
     assert namespace["PROVENANCE"]["sm_120"] == note.replace('"', "'")
     for e, (config, _) in chosen.items():
         got = namespace[e.table][e.key]
         assert got == namespace["Measured"](blocks(config), blocks(e.now), 0.877)
+    assert namespace["VENDOR"] == {("sm_120", e.key[2]): 0.988 for e in vendor}
     # Written over once more, with one table empty.
-    tables = {name: dict(namespace[name]) for name in ("PRODUCTS", "ATTENTION")} | {"ROWS": {}}
+    tables = {name: dict(namespace[name]) for name in NAMES} | {"ROWS": {}}
     again = render(namespace["PROVENANCE"], tables, written)
     assert again.startswith(written[: written.index("ROWS")]) and again.endswith("= {}\n")
     path = tmp_path / "measured.py"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arena import HEAP, Memory
 from ..errors import BackendError
 from ..kernels.attention import attention
-from ..kernels.common import RefusalError
+from ..kernels.common import New, RefusalError, target_of
 from ..kernels.embed import add_rows, embed
 from ..kernels.gemm import linear, linear_quantised
 from ..kernels.gemm_int4 import Int4Packed, linear_int4, pack_int4
@@ -24,6 +24,7 @@ from ..kernels.patch_embed import patch_embed
 from ..kernels.pool import pool, score
 from ..kernels.quantise import has_e4m3, quantise_rows, require_form
 from ..kernels.rope import mrope_tables, norm_rope, rope, vision_rope_tables
+from ..kernels.vendor import choose_product, vendor_linear
 from ..ops import Forest, Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
 from ..quant import Fp8BlockWeight, Fp8Weight, Int4Weight, Int8Weight, quantise
 from ..quant.weights import FP8_BLOCK
@@ -95,7 +96,7 @@ def _product(x: Rows, layer: Linear, memory: Memory, **epilogue: Any) -> Tensor:
     rows = _as_rows(x, layer.rows, memory) if isinstance(x, Tensor) else x
     weight, bias, new = layer.weight, layer.bias, memory.empty
     if isinstance(weight, Tensor) and isinstance(rows, Tensor):
-        return linear(rows, weight, bias, new=new, **epilogue)
+        return _product_of_floats(rows, weight, bias, new, **epilogue)
     if isinstance(weight, Tensor) or isinstance(rows, Tensor):
         raise RefusalError("linear: quantised rows meet a weight that is not quantised")
     values, scale, dtype = rows.values, rows.scale, rows.dtype
@@ -103,6 +104,33 @@ def _product(x: Rows, layer: Linear, memory: Memory, **epilogue: Any) -> Tensor:
         return linear_int4(values, scale, weight, bias, dtype=dtype, new=new, **epilogue)
     return linear_quantised(
         values, scale, weight.values, weight.scale, bias, dtype=dtype, new=new, **epilogue
+    )
+
+
+def _product_of_floats(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    new: New,
+    *,
+    activation: str = "none",
+    gated: bool = False,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    choice = choose_product(
+        target_of(x.device),
+        x.dtype,
+        len(x),
+        activation=activation,
+        gated=gated,
+        bias=bias is not None,
+        residual=residual is not None,
+    )
+    if choice.vendor:
+        return vendor_linear(x, weight, bias, residual=residual, new=new)
+    return linear(
+        x, weight, bias, activation=activation, gated=gated, residual=residual, out=out, new=new
     )
 
 
