@@ -21,8 +21,8 @@ from .team import together
 from .train_embedder import train_embedder
 from .train_reranker import train_reranker
 
-STEPS = {"embedder": 2000, "reranker": 1100}
-RATES = {"embedder": 1.5e-3, "reranker": 6e-4}
+STEPS = {"embedder": 2000, "reranker": 1200}
+RATE = 1.5e-3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,12 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--embedder", type=Path, default=EMBEDDER, help="what the reranker starts from"
     )
     parser.add_argument("--steps", type=int, help=f"by default {STEPS}")
-    parser.add_argument("--rate", type=float, help=f"peak learning rate, by default {RATES}")
+    parser.add_argument("--rate", type=float, default=RATE, help="peak learning rate")
     parser.add_argument("--workers", type=int, default=2, help="processes that share each step")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
-    steps, rate = options.steps or STEPS[options.kind], options.rate or RATES[options.kind]
-    schedule = (steps, rate, options.resume)
+    schedule = (options.steps or STEPS[options.kind], options.rate, options.resume)
     if options.kind == "embedder":
         together(options.workers, train_embedder, options.out, *schedule)
     else:
