@@ -88,8 +88,12 @@ _TABLE: dict[tuple[str, str, int], GemmConfig] = {
     ("int4", "*", 16): GemmConfig(16, 64, 64, warps=4, stages=4),
     ("int4", "*", 64): GemmConfig(64, 64, 64, warps=4, stages=4),
     ("int4", "sm_110", 64): GemmConfig(64, 64, 64, warps=8, stages=4),
+    # The same weights by float rows: k is that of one half, see gemm_int4_float.py.
+    ("int4_float", "*", 16): GemmConfig(16, 64, 64, warps=4, stages=4),
+    ("int4_float", "*", 64): GemmConfig(64, 64, 64, warps=4, stages=3),
+    ("int4_float", "*", _MANY): GemmConfig(128, 128, 32, warps=8, stages=3),
 }
-KINDS = ("float32", "float16", "int8", "fp8", "fp8_blocks", "int4")
+KINDS = ("float32", "float16", "int8", "fp8", "fp8_blocks", "int4_float", "int4")
 
 
 def gemm_config(
@@ -162,7 +166,7 @@ def fitted(
     if m <= 16 and kind not in ("float32", "fp8_blocks") and not gated:
         tiles = -(-m // config.m) * -(-n // config.n)
         config = replace(config, split=split_of(target, tiles, k // config.k))
-    if m > 16 and target in DESCRIPTOR_TARGETS and kind not in ("float32", "int4"):
+    if m > 16 and target in DESCRIPTOR_TARGETS and kind not in ("float32", "int4", "int4_float"):
         config = replace(config, descriptors=True)
     return config
 
