@@ -58,8 +58,8 @@ def widened(b_bits, b_multiplier, DTYPE: tl.constexpr):
 
 @inline
 def multiply_halves(b_low, b_high, b_w, b_first, b_second, b_acc, b_rest, DTYPE: tl.constexpr):
-    """b_acc and b_rest, each with a product more: x ``[BM, BK]`` of one group by a half of the bytes
-    ``[BK, BN]``, and of the other.
+    """b_acc and b_rest, each with a product more: x ``[BM, BK]`` of a group by one half of the
+    bytes ``[BK, BN]``.
 
     Two sums, since the compiler has each warp widen all of the weight where one product goes into
     the next.
@@ -143,9 +143,7 @@ def gemm_int4_float_kernel(
             b_next_3, b_next_4 = load_multipliers(
                 p_multiplier + N, stride_multiplier, i_run, o_n, m_n
             )
-            b_up, b_up_rest = multiply_halves(
-                b_low, b_high, b_w, b_3, b_4, b_up, b_up_rest, DTYPE
-            )
+            b_up, b_up_rest = multiply_halves(b_low, b_high, b_w, b_3, b_4, b_up, b_up_rest, DTYPE)
             b_3, b_4 = b_next_3, b_next_4
     b_acc += b_rest
     if GATED:
@@ -194,19 +192,21 @@ def linear_int4_float(
     check_epilogue(op, (m, n), x.dtype, bias, activation, residual, gated)
     extra = [t for t in (bias, residual) if t is not None]
     require_device(op, x, weight.packed, weight.multiplier, weight.scale, *extra)
-    # float32 is multiplied on the plain units, whose blocks are smaller.
-    kind = "float32" if x.dtype == torch.float32 else "int4_float"
-    config = config or gemm_config(
-        kind,
-        target_of(x.device),
-        m,
-        n,
-        k,
-        activation=activation,
-        gated=gated,
-        residual=residual is not None,
-    )
-    config = replace(config, k=min(config.k, weight.group), descriptors=False)
+    plain = x.dtype == torch.float32
+    if config is None:
+        config = gemm_config(
+            "float32" if plain else "int4_float",
+            target_of(x.device),
+            m,
+            n,
+            k,
+            activation=activation,
+            gated=gated,
+            residual=residual is not None,
+        )
+        # A step has twice k inputs; those of the plain units are in registers.
+        config = replace(config, k=config.k // 2 if plain else config.k)
+    config = replace(config, k=min(config.k, weight.group))
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     parts = out
     if config.split > 1:
