@@ -92,8 +92,9 @@ _TABLE: dict[tuple[str, str, int], GemmConfig] = {
     # of many rows k is 32, so that 3 stages and the widened block (76 KB) fit every target. Each
     # half has its own sums, so blocks are no larger, and the weight's bytes are read once for both.
     ("int4_float", "*", 16): GemmConfig(16, 64, 64, warps=4, stages=4),
-    ("int4_float", "sm_100", 16): GemmConfig(16, 64, 64, warps=4, stages=3),
+    ("int4_float", "sm_80", 16): GemmConfig(16, 64, 64, warps=8, stages=4),
     ("int4_float", "*", 64): GemmConfig(64, 64, 64, warps=4, stages=3),
+    ("int4_float", "sm_120", 64): GemmConfig(64, 64, 32, warps=4, stages=4),
     ("int4_float", "*", _MANY): GemmConfig(128, 128, 32, warps=8, stages=3),
 }
 KINDS = ("float32", "float16", "int8", "fp8", "fp8_blocks", "int4_float", "int4")

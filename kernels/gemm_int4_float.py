@@ -42,18 +42,25 @@ def load_multipliers(p_multiplier, stride, i_run, o_n, m_n):
 
 
 @inline
-def widened(b_bits, b_multiplier, DTYPE: tl.constexpr):
-    """value · multiplier in DTYPE, of values + 8 that stand in bits 4 to 7 of an int32.
+def widened(b_w, b_first, b_second, DTYPE: tl.constexpr):
+    """value · multiplier in DTYPE, of the low and of the high halves of bytes ``[BK, BN]``.
 
-    Under the exponent of 2¹⁹ those bits read as 2¹⁹ + value + 8: no integer is converted for them,
-    which some GPUs do at an eighth of the rate of additions. Times 18 that is still whole and below
-    2²⁴, hence exact in float32, whether the subtraction is fused with the product or not.
+    Under the exponent of 2¹⁹ a byte reads as 2¹⁹ + high + low / 16: no integer is converted for it,
+    which some GPUs do at an eighth of the rate of additions. Everything up to the products, which
+    are below 2²⁴, is exact in float32, whether a product is fused with what follows it or not.
+
+    Args:
+        b_first, b_second: multipliers of the low and of the high halves, ``[BN]`` uint8.
     """
     # [1, BN]
-    b_factor = b_multiplier.to(tl.float32)[None, :]
+    b_first, b_second = b_first.to(tl.float32)[None, :], b_second.to(tl.float32)[None, :]
     # [BK, BN]
-    b_wide = (b_bits | 0x49000000).to(tl.float32, bitcast=True)
-    return narrow(b_wide * b_factor - b_factor * 524296.0, DTYPE)
+    b_bits = b_w.to(tl.int32) | 0x49000000
+    b_top = (b_bits & 0x490000F0).to(tl.float32, bitcast=True)
+    b_below = b_bits.to(tl.float32, bitcast=True) - b_top
+    b_low = b_below * (16.0 * b_first) - 8.0 * b_first
+    b_high = b_top * b_second - 524296.0 * b_second
+    return narrow(b_low, DTYPE), narrow(b_high, DTYPE)
 
 
 @inline
@@ -64,10 +71,8 @@ def multiply_halves(b_low, b_high, b_w, b_first, b_second, b_acc, b_rest, DTYPE:
     Two sums, since the compiler has each warp widen all of the weight where one product goes into
     the next.
     """
-    b_bits = b_w.to(tl.int32)
-    b_acc = dot(b_low, widened((b_bits & 15) << 4, b_first, DTYPE), b_acc)
-    b_rest = dot(b_high, widened(b_bits & 240, b_second, DTYPE), b_rest)
-    return b_acc, b_rest
+    b_1, b_2 = widened(b_w, b_first, b_second, DTYPE)
+    return dot(b_low, b_1, b_acc), dot(b_high, b_2, b_rest)
 
 
 @triton.jit(do_not_specialize=["M"])
