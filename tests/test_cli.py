@@ -243,11 +243,11 @@ def test_rerank_queries(tmp_path: Path) -> None:
 
 
 def test_weights_alone_are_asked_for() -> None:
-    for command in (["embed", "MODEL", "in.txt", "-o", "out.npy"], ["rerank", "M", "query", "in"]):
-        options = build_parser().parse_args([*command, "--quantization", "int4", "--weight-only"])
+    for given in (["embed", "MODEL", "in.txt", "-o", "out.npy"], ["rerank", "M", "query", "in"]):
+        options = build_parser().parse_args([*given, "--quantization", "int4", "--weight-only"])
         found = model_arguments(options)["quantization"]
         assert found == Quantization("int4", weight_only=True)
-        assert model_arguments(build_parser().parse_args(command))["quantization"] is None
+        assert model_arguments(build_parser().parse_args(given))["quantization"] is None
 
 
 def test_info(odd_checkpoint: Path) -> None:
