@@ -53,16 +53,19 @@ class Setup:
         backend: ``reference``, ``native`` or ``triton``.
         form: the format of a linear, by its published name without ``model.`` and ``.weight``.
         group: inputs that share a multiplier, in int4.
+        weight_only: int4 weights are multiplied by rows in floating point.
     """
 
     dtype: torch.dtype
     backend: str = "reference"
     form: Callable[[str], Format] = lambda name: "float"
     group: int = 64
+    weight_only: bool = False
 
     def rows(self, name: str) -> RowFormat:
         """The form in which that linear takes its input."""
-        forms: dict[str, RowFormat] = {"int8": "int8", "int4": "int8"}
+        forms: dict[str, RowFormat] = {"int8": "int8"}
+        forms["int4"] = "float" if self.weight_only else "int8"
         forms |= {"fp8": "fp8", "fp8_blocks": "fp8"}
         return forms.get(self.form(name), "float")
 
@@ -416,8 +419,9 @@ class _Triton(_Fused):
 
     @staticmethod
     def _widened(layer: Linear) -> list[Tensor]:
-        """int4 as int8, which many rows are multiplied by."""
-        fours = [part for part in layer.weight if isinstance(part, Int4Weight)]
+        """int4 as int8, which many int8 rows are multiplied by."""
+        parts = layer.weight if layer.rows == "int8" else ()
+        fours = [part for part in parts if isinstance(part, Int4Weight)]
         return [torch.empty(four.shape, dtype=torch.int8, device=META) for four in fours]
 
     @staticmethod

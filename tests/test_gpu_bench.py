@@ -57,10 +57,11 @@ def test_every_op_has_a_case() -> None:
     names = {case.op for case in cases(DRY, CPU, fp8=True)}
     ops = {name for name, value in vars(Ops).items() if isinstance(value, staticmethod)}
     assert ops - {"prepare"} <= names
-    assert {"linear_int8", "linear_int4", "linear_fp8", "linear_fp8_blocks"} <= names
+    forms = ("int8", "int4", "int4_float", "fp8", "fp8_blocks")
+    assert {f"linear_{form}" for form in forms} <= names
 
 
-@pytest.mark.parametrize("form", ["int8", "fp8_blocks"])
+@pytest.mark.parametrize("form", ["int8", "int4_float", "fp8_blocks"])
 def test_quantised_cases_pass_in_the_interpreter(form: str) -> None:
     for case in quantised_products(DRY, Maker(CPU), form):
         row, _ = check(case, TritonOps(CPU))

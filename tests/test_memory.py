@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +75,17 @@ def measured(model: Model, prompts: list) -> int:
     return int(np.cumsum(changes).max()) + sum(t.nbytes for t in tensors(batch))
 
 
+def plan_of(form: str | None) -> Quantization | None:
+    """``int4 alone``: with rows in floating point."""
+    return form and Quantization(form.removesuffix(" alone"), weight_only=form.endswith(" alone"))
+
+
 def form_of(plan: Quantization | None) -> Setup:
-    return Setup(torch.float32, form=lambda n: plan.format if plan and plan.covers(n) else "float")
+    return Setup(
+        torch.float32,
+        form=lambda n: plan.format if plan and plan.covers(n) else "float",
+        weight_only=plan is not None and plan.weight_only,
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,6 +95,7 @@ def form_of(plan: Quantization | None) -> Setup:
         ("native", torch.float32, None),
         ("native", torch.bfloat16, None),
         ("native", torch.bfloat16, "int8"),
+        ("reference", torch.float32, "int4 alone"),
     ],
 )
 @pytest.mark.parametrize(("tokens", "patches"), [(600, 0), (400, 1024), (64, 1024)])
@@ -95,7 +105,7 @@ def test_the_peak_is_that_of_a_run(
     compare(checkpoint, backend, dtype, form, tokens, patches)
 
 
-@pytest.mark.parametrize("form", [None, "int8"])
+@pytest.mark.parametrize("form", [None, "int8", "int4", "int4 alone"])
 @pytest.mark.parametrize(("tokens", "patches"), [(200, 0), (16, 128)])
 def test_the_peak_is_that_of_a_run_in_the_interpreter(
     checkpoint: Path, form: str | None, tokens: int, patches: int
@@ -106,9 +116,9 @@ def test_the_peak_is_that_of_a_run_in_the_interpreter(
 def compare(
     checkpoint: Path, backend: str, dtype: torch.dtype, form: str | None, tokens: int, patches: int
 ) -> None:
-    plan = None if form is None else Quantization(form)
+    plan = plan_of(form)
     config, model = load(checkpoint, backend, dtype, plan)
-    setup = Setup(dtype, backend, form_of(plan).form)
+    setup = replace(form_of(plan), dtype=dtype, backend=backend)
     predicted = peak_activations(config, setup, tokens=tokens, patches=patches)
     predicted -= _scratch(config, setup, tokens, patches)
     found = measured(model, _prompts(config, tokens, patches, 8192))

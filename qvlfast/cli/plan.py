@@ -188,7 +188,7 @@ class Planner:
         name, keeps = "triton", {"int8", "int4", "fp8", "fp8_blocks"}
         if wish.backend != "triton":
             device = torch.device(self.device.kind)
-            ops = choose_ops(wish.backend, device, dtype, plan.format if plan else None)
+            ops = choose_ops(wish.backend, device, dtype, plan)
             name, keeps = ops.name, keeps & set(ops.keeps)
         if name == "native" or not self.device.fp8:
             keeps -= {"fp8", "fp8_blocks"}
@@ -202,7 +202,9 @@ class Planner:
                 return "float"
             return plan.format if plan.format in keeps else "float"
 
-        return Setup(dtype, name, form, plan.group if plan else 64)
+        if plan is None:
+            return Setup(dtype, name, form)
+        return Setup(dtype, name, form, plan.group, plan.weight_only)
 
     def _parts(self, setup: Setup) -> tuple[Part, ...]:
         loaded = weight_bytes(self.shapes, setup)
