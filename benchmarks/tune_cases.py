@@ -252,8 +252,10 @@ def product_trial(
         call, wide = partial(linear, x, w), lambda: (x.float(), w.float())
     elif kind == "int4_float":
         x = make.floats(m, k)
-        call = partial(linear_int4_float, x, packed)
-        wide = lambda: (x.float(), w.float() * w_scale[:, None])  # noqa: E731
+        call, wide = (
+            partial(linear_int4_float, x, packed),
+            lambda: (x.float(), w.float() * w_scale[:, None]),
+        )
     else:
         values = "int8" if kind in ("int8", "int4") else "fp8"
         x, x_scale = make.eights(values, m, k), make.scales(m)

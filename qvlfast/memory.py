@@ -64,9 +64,12 @@ class Setup:
 
     def rows(self, name: str) -> RowFormat:
         """The form in which that linear takes its input."""
-        forms: dict[str, RowFormat] = {"int8": "int8"}
-        forms["int4"] = "float" if self.weight_only else "int8"
-        forms |= {"fp8": "fp8", "fp8_blocks": "fp8"}
+        forms: dict[str, RowFormat] = {
+            "int8": "int8",
+            "int4": "float" if self.weight_only else "int8",
+            "fp8": "fp8",
+            "fp8_blocks": "fp8",
+        }
         return forms.get(self.form(name), "float")
 
 

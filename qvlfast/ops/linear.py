@@ -61,10 +61,9 @@ def prepare(
     made = tuple(
         quantise(w, form, group) if form is not None and isinstance(w, Tensor) else w for w in parts
     )
+    alone = weight_only and all(isinstance(part, Int4Weight) for part in made)
     rows: RowFormat = "float"
-    if weight_only and all(isinstance(part, Int4Weight) for part in made):
-        rows = "float"
-    elif isinstance(made[0], Int8Weight | Int4Weight):
+    if isinstance(made[0], Int8Weight | Int4Weight) and not alone:
         rows = "int8"
     elif isinstance(made[0], Fp8Weight):
         rows = "fp8"
