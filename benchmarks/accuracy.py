@@ -39,6 +39,7 @@ PLANS: dict[str, Quantization | None] = {
     "int8, not down_proj": Quantization("int8", down_proj=False),
     "int4": Quantization("int4"),
     "int4, groups of 32": Quantization("int4", group=32),
+    "int4, weights only": Quantization("int4", weight_only=True),
     "fp8": Quantization("fp8"),
 }
 CUTS: tuple[tuple[int, VectorType], ...] = (
@@ -121,10 +122,10 @@ class Card:
 
 
 def settings(plan: str) -> dict[str, Any]:
-    """Arguments of ``from_pretrained``: FP8 has no kernels of its own on a CPU."""
+    """Arguments of ``from_pretrained``; ``auto`` is the reference for what has no CPU kernels: FP8,
+    and int4 weights alone."""
     dtype = "float32" if plan == "float32" else "bfloat16"
-    backend = "reference" if plan == "fp8" else "auto"
-    return {"device": "cpu", "dtype": dtype, "quantization": PLANS[plan], "backend": backend}
+    return {"device": "cpu", "dtype": dtype, "quantization": PLANS[plan], "backend": "auto"}
 
 
 def cosines(vectors: NDArray[np.float32], base: NDArray[np.float32]) -> NDArray[np.float64]:

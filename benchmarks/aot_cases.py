@@ -17,6 +17,7 @@ from qvlfast.kernels.attention import attention
 from qvlfast.kernels.embed import add_rows, embed
 from qvlfast.kernels.gemm import linear, linear_quantised
 from qvlfast.kernels.gemm_int4 import Int4Packed, linear_int4
+from qvlfast.kernels.gemm_int4_float import linear_int4_float
 from qvlfast.kernels.norm import layer_norm, rms_norm
 from qvlfast.kernels.patch_embed import patch_embed
 from qvlfast.kernels.pool import pool, score
@@ -39,12 +40,21 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-FLOAT16_CASES = ("2b o m=1", "2b gate up m=3000", "2b text", "2b k=768")
+FLOAT16_CASES = (
+    "2b o m=1", "2b gate up m=3000", "2b int4_float o m=1", "2b int4_float gate up m=3000",
+    "2b text", "2b k=768",
+)  # fmt: skip
 FORMS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def new(*shape: int, of: torch.dtype) -> torch.Tensor:
     return torch.zeros(shape, dtype=of, device="meta")
+
+
+def fours(n: int, k: int) -> Int4Packed:
+    """A weight of 4 bits in groups of 64."""
+    packed = new(n, k // 2, of=torch.uint8), new(k // 64, n, of=torch.uint8)
+    return Int4Packed(*packed, new(n, of=torch.float32), k, 64)
 
 
 def text_products(
@@ -59,8 +69,11 @@ def text_products(
     )
     for (name, n, k, onto, gated), m in product(layers, ROWS):
         residual = new(m, n, of=dtype) if onto else None
-        linear(new(m, k, of=dtype), new(n, k, of=dtype), residual=residual, gated=gated)
+        x = new(m, k, of=dtype)
+        linear(x, new(n, k, of=dtype), residual=residual, gated=gated)
         yield f"{size} {name} m={m}"
+        linear_int4_float(x, fours(n, k), residual=residual, gated=gated)
+        yield f"{size} int4_float {name} m={m}"
     if dtype != torch.bfloat16:
         return
     for (name, n, k, onto, gated), m, form in product(layers, ROWS, forms):
@@ -69,9 +82,7 @@ def text_products(
         values = torch.float8_e4m3fn if form.startswith("fp8") else torch.int8
         rows = new(m, k, of=values), new(m, of=torch.float32)
         if form == "int4":
-            packed = new(n, k // 2, of=torch.uint8), new(k // 64, n, of=torch.uint8)
-            weight = Int4Packed(*packed, scale, k, 64)
-            linear_int4(*rows, weight, dtype=dtype, residual=residual, gated=gated)
+            linear_int4(*rows, fours(n, k), dtype=dtype, residual=residual, gated=gated)
         else:
             if form == "fp8 blocks":
                 scale = new(k // 128, n, of=torch.float32)

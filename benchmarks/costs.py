@@ -79,6 +79,7 @@ ARCHS = {
         1792, {"float16": 209.5, "int8": 838, "fp8": 419}, 48, 24, 100,
     ),
 }  # fmt: skip
+MULTIPLIED_AS = {"int4": "int8", "int4_float": "float16"}
 REGISTERS = 65_536  # of a multiprocessor, on all of them
 
 
@@ -142,9 +143,9 @@ def product_bytes(
         n: outputs, after gating.
     """
     rows = n * (1 + gated)
-    value = 2 if kind == "float16" else 1
-    weight = rows * k // 2 + rows * k // 64 if kind == "int4" else rows * k * value
-    scales = 0 if kind == "float16" else 4 * (m + rows)
+    value = 2 if kind in ("float16", "int4_float") else 1
+    weight = rows * k // 2 + rows * k // 64 if "int4" in kind else rows * k * value
+    scales = {"float16": 0, "int4_float": 4 * rows}.get(kind, 4 * (m + rows))
     parts = 2 * 4 * split * m * n if split > 1 else 0
     return m * k * value + weight + scales + 2 * m * n * (1 + residual) + parts
 
@@ -169,7 +170,7 @@ def products(target: str) -> Iterator[Work]:
         ("2b", 2048, 6144, 1024, 4096),
         ("8b", 4096, 12288, 1152, 4304),
     ):
-        for kind in ("float16", "int8", "int4", "fp8"):
+        for kind in ("float16", "int8", "int4", "int4_float", "fp8"):
             for m in ROWS:
                 if kind == "int4" and m > 64:
                     continue  # multiplied as int8, after the weight was widened
@@ -247,7 +248,7 @@ def predict(target: str, work: Work, compiled: Sequence[aot.Row]) -> Row:
     shared = max(row.shared_bytes for row in found)
     arch, warps = ARCHS[target], found[0].warps
     held = resident(arch, registers, shared, warps)
-    kind = "int8" if work.kind == "int4" else work.kind
+    kind = MULTIPLIED_AS.get(work.kind, work.kind)
     bound, least = roofline(work.bytes, work.operations, arch.gb_s, arch.matrix[kind])
     return Row(
         target, work.op, work.case, work.kind, work.bytes, work.operations, bound,
@@ -262,7 +263,7 @@ def predictions(compiled: Sequence[aot.Row]) -> list[Row]:
     rows = []
     for target, arch in ARCHS.items():
         for work in (*products(target), *others(target, compiled)):
-            if ("int8" if work.kind == "int4" else work.kind) in arch.matrix:
+            if MULTIPLIED_AS.get(work.kind, work.kind) in arch.matrix:
                 rows.append(predict(target, work, compiled))
     return rows
 
@@ -275,7 +276,8 @@ memory bus once at the data sheet's rate, or the matrix unit is never idle; real
 Programs, waves and occupancy come from the grid and from the registers and shared memory of the
 compiled code (`benchmarks/results/aot.csv`); tensor memory of sm_100 and 110 is not counted. All
 rows, the 8B's too, are in `benchmarks/results/costs.csv`. float16 stands for bfloat16; int4 is
-multiplied in int8, and above 64 rows it is int8. A causal product counts the visible pairs only.
+multiplied in int8, and above 64 rows it is int8; int4_float, its weights by rows of 16 bits, is
+multiplied in those. A causal product counts the visible pairs only.
 
 ## Measured by others
 

@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-LANGUAGES = ("en", "de", "es", "fr", "ru", "ar", "zh", "ja")
+LANGUAGES = (
+    "en", "de", "es", "fr", "it", "pt", "tr", "id", "ru", "ar", "fa", "zh", "ja", "ko",
+)  # fmt: skip
 CLDR = Path("/usr/share/unicode/cldr/common")
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EVALUATION = Path(__file__).parent / "data" / "emoji_eval.json.gz"

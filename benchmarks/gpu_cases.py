@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvlfast.flash import describe
-from qvlfast.ops import Forest, Ops
+from qvlfast.ops import Forest, Ops, Rows
 from qvlfast.ops.rows import quantise_rows
-from qvlfast.quant import Fp8BlockWeight, quantise
+from qvlfast.quant import Fp8BlockWeight, QuantisedWeight, quantise
 
 Thunk: TypeAlias = Callable[[], Any]
 Build: TypeAlias = Callable[[Any, dict[str, Tensor]], Thunk]
@@ -104,7 +104,7 @@ def cases(sizes: Sizes, device: torch.device, *, fp8: bool) -> Iterator[Case]:
         yield from products(sizes, make, dtype)
         yield from attentions(sizes, make, dtype)
         yield from row_wise(sizes, make, dtype)
-    forms = ("int8", "int4", "fp8", "fp8_blocks") if fp8 else ("int8", "int4")
+    forms = ("int8", "int4", "int4_float", *(("fp8", "fp8_blocks") if fp8 else ()))
     for form in forms:
         yield from quantised_products(sizes, Maker(device), form)
 
@@ -191,25 +191,32 @@ def _torch_gated(t: dict[str, Tensor]) -> Thunk:
 
 
 def quantised_products(sizes: Sizes, make: Maker, form: str) -> Iterator[Case]:
-    """The decoder's products on rows that are quantised already; the truth has the same rows."""
+    """The decoder's products on rows that are quantised already, or for ``int4_float`` are floats;
+    the truth has the same rows."""
     dtype, (n, k) = torch.bfloat16, (sizes.hidden, sizes.ffn)
+    by_float = form == "int4_float"
     for m in sizes.rows:
         inputs = {"x": make(m, k, dtype=dtype), "w": make(n, k, dtype=dtype, scale=k**-0.5)}
 
         def build(ops: Any, t: dict[str, Tensor], form: str = form) -> Thunk:
-            weight = _blocks(t["w"]) if form == "fp8_blocks" else quantise(t["w"], form)
-            rows = quantise_rows(t["x"], "fp8" if "fp8" in form else "int8")
+            if form == "fp8_blocks":
+                weight: QuantisedWeight = _blocks(t["w"])
+            else:
+                weight = quantise(t["w"], form.removesuffix("_float"))
+            x: Rows = t["x"]
+            if not by_float:
+                x = quantise_rows(t["x"], "fp8" if "fp8" in form else "int8")
             if ops.name == "reference":
-                wide = rows.values.float() * rows.scale[:, None]
+                wide = x if isinstance(x, Tensor) else x.values.float() * x.scale[:, None]
                 return lambda: wide @ weight.dequantise().T
-            layer = ops.prepare([weight])
-            return lambda: ops.linear(rows, layer)
+            layer = ops.prepare([weight], weight_only=by_float)
+            return lambda: ops.linear(x, layer)
 
-        size = n * k // (2 if form == "int4" else 1)
+        size = n * k // (2 if "int4" in form else 1)
         yield Case(
             f"linear_{form}", f"down m={m}", dtype, inputs, build,
             {"cublas bf16": lambda t: lambda: F.linear(t["x"], t["w"])},
-            2 * m * n * k, m * k + size + 2 * m * n,
+            2 * m * n * k, m * k * (1 + by_float) + size + 2 * m * n,
             TOLERANCE[dtype],
         )  # fmt: skip
 

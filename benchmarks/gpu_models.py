@@ -164,7 +164,7 @@ def _with_format(
     device, name = clock.device, str(dtype).removeprefix("torch.")
     plan = Quantization.parse(form)
     label = f"{name} {form}" if form else name
-    ops = choose_ops("triton", device, dtype, form)
+    ops = choose_ops("triton", device, dtype, plan)
     model = Model(
         config,
         load_weights(
@@ -259,7 +259,10 @@ def _memory(
     peak: list[int],
 ) -> str:
     setup = Setup(
-        dtype, "triton", lambda n: plan.format if plan is not None and plan.covers(n) else "float"
+        dtype,
+        "triton",
+        lambda n: plan.format if plan is not None and plan.covers(n) else "float",
+        weight_only=plan is not None and plan.weight_only,
     )
     patches = 0 if batch.vision is None else len(batch.vision.stills)
     said = peak_activations(config, setup, tokens=len(batch.ids), patches=patches)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,15 @@ from torch import Tensor
 
 from . import small_model as small
 from .emoji_data import SEED
-from .training import CANVASES, Run, Setting, draw_canvas, train
+from .training import CANVASES, Log, Run, Setting, draw_canvas, train
 
-TOKEN_STEPS, TEXTS, TOKEN_RATE = 1500, 768, 0.02
-PICTURE_STEPS, PICTURES, PICTURE_RATE = 1500, 192, 5e-3
+TOKEN_STEPS, TEXTS, TOKEN_RATE = 2500, 768, 0.02
+PICTURE_STEPS, PICTURES, PICTURE_RATE = 2500, 192, 5e-3
 # Steps: words for plain pictures are learned in a hundred, for varied ones not even begun by then.
 PLAIN_UNTIL, VARIED_FROM = 150, 800
 TOKEN_DROPOUT = 0.15
 LENGTHS = (192, 64, 32)
-TOKENS = "tokens.pt"
+TOKENS, TOKEN_LOG = "tokens.pt", "tokens.csv"
 ROW = 0.3  # root mean square of a token's row
 SCALE = 20.0
 COPIED = 12.0  # how much the last layer makes of what it copies
@@ -63,7 +64,9 @@ def make_head_start(out: Path, setting: Setting, count: int) -> Tensor:
     """
     tokens = out / TOKENS
     if not tokens.exists() and setting.team.leads:
-        torch.save(vars(learn_tokens(setting, count)), tokens)
+        log = out / TOKEN_LOG
+        log.unlink(missing_ok=True)
+        torch.save(vars(learn_tokens(setting, count, Log(log))), tokens)
     setting.team.wait()
     meaning = Meaning(**torch.load(tokens, weights_only=True))
     learn_pictures(out, setting, meaning)
@@ -81,7 +84,7 @@ def _picture_run(out: Path) -> Run:
     return Run(out, "pictures", PICTURE_STEPS, PICTURE_RATE, is_even=True)
 
 
-def learn_tokens(setting: Setting, count: int) -> Meaning:
+def learn_tokens(setting: Setting, count: int, log: Log) -> Meaning:
     """Learn tokens and anchors from the names and keywords of ``count`` emoji."""
     config = setting.text.config
     width, head = config.hidden_size, config.head_dim
@@ -97,6 +100,7 @@ def learn_tokens(setting: Setting, count: int) -> Meaning:
         [table, anchors], lr=TOKEN_RATE, betas=(0.9, 0.98), weight_decay=0.0
     )
     bags: dict[str, Tensor] = {}
+    begun, losses = time.perf_counter(), []
     for step in range(TOKEN_STEPS):
         rng = random.Random(f"bag {SEED} {step}")
         for group in optimizer.param_groups:
@@ -115,8 +119,11 @@ def learn_tokens(setting: Setting, count: int) -> Meaning:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        losses.append(loss.item())
         if (step + 1) % 250 == 0:
-            print(f"tokens, step {step + 1} loss {loss.item():.4f}", flush=True)
+            seconds = time.perf_counter() - begun
+            log.add({"step": step + 1, "seconds": seconds, "loss": sum(losses) / len(losses)})
+            losses = []
     with torch.no_grad():
         inside = F.normalize(table, dim=-1) @ basis
         outside = torch.randn(len(inside), width, generator=generator)

@@ -29,7 +29,7 @@ from .training import (
 
 MATRYOSHKA = {192: 1.0, 128: 0.5, 64: 0.5, 32: 0.5}
 PICTURES, TEXTS_EACH = 160, 2  # of a step
-TIGHTENING, TIGHT_STEPS, TIGHT = "tightening", 160, 10.0  # the last is the inverse temperature
+TIGHTENING, TIGHT_STEPS, TIGHT = "tightening", 400, 10.0  # the last is the inverse temperature
 
 
 def contrast(

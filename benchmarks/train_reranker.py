@@ -51,7 +51,7 @@ from .training import (
 )
 
 # Steps without lists; in each so many groups of so many emoji that are alike.
-PREPARED, GROUPS, GROUP = 500, 24, 6
+PREPARED, GROUPS, GROUP = 600, 24, 6
 LISTS, LIST_LENGTH = 16, 8  # of a step
 ASIDE = 144  # queries of a step that are read without documents
 MEASURED, MEASURED_LENGTH = 64, 5  # lists that the comparison is set by

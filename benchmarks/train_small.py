@@ -21,7 +21,7 @@ from .team import together
 from .train_embedder import train_embedder
 from .train_reranker import train_reranker
 
-STEPS = {"embedder": 500, "reranker": 1050}
+STEPS = {"embedder": 2000, "reranker": 1200}
 RATE = 1.5e-3
 
 

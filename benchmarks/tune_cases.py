@@ -20,6 +20,7 @@ from qvlfast.kernels.common import RowConfig, row_config
 from qvlfast.kernels.configs import GemmConfig, fitted, reasoned
 from qvlfast.kernels.gemm import linear, linear_quantised
 from qvlfast.kernels.gemm_int4 import linear_int4, pack_int4
+from qvlfast.kernels.gemm_int4_float import linear_int4_float
 from qvlfast.kernels.measured import PRODUCTS
 from qvlfast.kernels.norm import rms_norm
 from qvlfast.kernels.quantise import quantise_rows
@@ -38,7 +39,7 @@ TOLERANCE = 1.6e-2
 # Accumulators a thread. mma.sync wants as many registers again for its operands, wgmma reads them
 # from shared memory, and tcgen05 keeps even the accumulators elsewhere.
 _ACCUMULATORS = {"sm_90": 128, "sm_100": 128, "sm_110": 128}
-_BYTES = {"float16": 2, "int8": 1, "fp8": 1, "fp8_blocks": 1, "int4": 1}
+_BYTES = {"float16": 2, "int8": 1, "fp8": 1, "fp8_blocks": 1, "int4": 1, "int4_float": 1}
 _MANY = 1 << 31
 
 
@@ -132,9 +133,9 @@ def entries(target: str, sizes: Sizes, device: torch.device) -> Iterator[Entry]:
         device: of the inputs; on ``meta`` they have no storage, to be compiled only.
     """
     make = Maker(device)
-    kinds = ["float16", "int8", "fp8", "fp8_blocks", "int4"]
+    kinds = ["float16", "int8", "fp8", "fp8_blocks", "int4", "int4_float"]
     if target in ("sm_80", "sm_87"):
-        kinds = ["float16", "int8", "int4"]
+        kinds = ["float16", "int8", "int4", "int4_float"]
     for rows, kind, gated in product((16, _MANY, 64), kinds, (False, True)):
         if kind != "int4" or rows != _MANY:
             yield product_entry(kind, target, rows, gated, sizes, make)
@@ -201,16 +202,22 @@ def gemm_candidates(kind: str, target: str, rows: int, gated: bool) -> list[Gemm
         64: [(32, 64), (32, 64, 128), ks, (4, 8), (3, 4)],
         _MANY: [(64, 128, 256), (32, 64, 128, 256), ks, (4, 8), (3, 4)],
     }[rows]
-    options[2] = {"int4": (64,), "fp8_blocks": (128,)}.get(kind, tuple(k // two for k in ks))
+    fixed = {"int4": (64,), "int4_float": (32, 64), "fp8_blocks": (128,)}
+    options[2] = fixed.get(kind, tuple(k // two for k in ks))
+    # Rows of x as they count beside those of the weight: both halves, of 16 bits each, and there
+    # are two sums and a widened block as well.
+    halves = {"int4": 2, "int4_float": 4}.get(kind, 1)
+    sums_of = 2 if kind == "int4_float" else 1
     found = []
     for m, n, k, warps, stages in product(*options):
         columns = 2 * n if gated else n
-        staged = (m * (2 if kind == "int4" else 1) + columns) * k * _BYTES[kind] * stages
-        sums = m * columns / (32 * warps)
+        staged = (m * halves + columns) * k * _BYTES[kind] * stages
+        widened = 4 * columns * k if kind == "int4_float" else 0
+        sums = sums_of * m * columns / (32 * warps)
         most = _ACCUMULATORS.get(target, 64)
         # Of many rows small blocks read everything too often, of few too little is under way.
         small = sums < most / 2 if rows == _MANY else staged < 24 << 10
-        if staged <= SHARED_KB[target] << 10 and sums <= most and not small:
+        if staged + widened <= SHARED_KB[target] << 10 and sums <= most and not small:
             found.append(GemmConfig(m, n, k, warps=warps, stages=stages))
     return found
 
@@ -238,18 +245,25 @@ def product_trial(
     residual = make.floats(m, n) if onto else None
     rows = 2 * n if gated else n
     call: Callable[..., Tensor]
+    if "int4" in kind:
+        multiplier = make.whole(1, 19, rows, -(-k // 64)).to(torch.uint8)
+        fours, w_scale = make.whole(-7, 8, rows, k), make.scales(rows) / k**0.5
+        packed = pack_int4([(fours, multiplier, w_scale)], 64)
+        w = fours * multiplier.repeat_interleave(64, 1)[:, :k].to(torch.int8)
     if kind == "float16":
         x, w = make.floats(m, k), make.floats(rows, k, scale=k**-0.5)
         call, wide = partial(linear, x, w), lambda: (x.float(), w.float())
+    elif kind == "int4_float":
+        x = make.floats(m, k)
+        call, wide = (
+            partial(linear_int4_float, x, packed),
+            lambda: (x.float(), w.float() * w_scale[:, None]),
+        )
     else:
         values = "int8" if kind in ("int8", "int4") else "fp8"
         x, x_scale = make.eights(values, m, k), make.scales(m)
         if kind == "int4":
-            multiplier = make.whole(1, 19, rows, -(-k // 64)).to(torch.uint8)
-            fours, scale = make.whole(-7, 8, rows, k), make.scales(rows) / k**0.5
-            packed = pack_int4([(fours, multiplier, scale)], 64)
             call = partial(linear_int4, x, x_scale, packed)
-            w, w_scale = fours * multiplier.repeat_interleave(64, 1)[:, :k].to(torch.int8), scale
         else:
             w, groups = make.eights(values, rows, k), -(-k // 128)
             grouped = kind == "fp8_blocks"

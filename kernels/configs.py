@@ -29,6 +29,9 @@ PROCESSORS = {
 # plain loads), and sm_120 multiplies from registers, which cp.async serves as well.
 DESCRIPTOR_TARGETS = ("sm_90", "sm_100", "sm_110")
 
+INT4_ROWS = 64
+"""The most int8 rows that are multiplied by 4 bits: above it a product is bound by arithmetic."""
+
 
 @dataclass(frozen=True)
 class GemmConfig:
@@ -88,8 +91,16 @@ _TABLE: dict[tuple[str, str, int], GemmConfig] = {
     ("int4", "*", 16): GemmConfig(16, 64, 64, warps=4, stages=4),
     ("int4", "*", 64): GemmConfig(64, 64, 64, warps=4, stages=4),
     ("int4", "sm_110", 64): GemmConfig(64, 64, 64, warps=8, stages=4),
+    # The same weights by float rows, k again of one half. Of x a stage has both halves, in 16 bits:
+    # of many rows k is 32, so that 3 stages and the widened block (76 KB) fit every target. Each
+    # half has its own sums, so blocks are no larger, and the weight's bytes are read once for both.
+    ("int4_float", "*", 16): GemmConfig(16, 64, 64, warps=4, stages=4),
+    ("int4_float", "sm_80", 16): GemmConfig(16, 64, 64, warps=8, stages=4),
+    ("int4_float", "*", 64): GemmConfig(64, 64, 64, warps=4, stages=3),
+    ("int4_float", "sm_120", 64): GemmConfig(64, 64, 32, warps=4, stages=4),
+    ("int4_float", "*", _MANY): GemmConfig(128, 128, 32, warps=8, stages=3),
 }
-KINDS = ("float32", "float16", "int8", "fp8", "fp8_blocks", "int4")
+KINDS = ("float32", "float16", "int8", "fp8", "fp8_blocks", "int4_float", "int4")
 
 
 def gemm_config(
@@ -162,7 +173,7 @@ def fitted(
     if m <= 16 and kind not in ("float32", "fp8_blocks") and not gated:
         tiles = -(-m // config.m) * -(-n // config.n)
         config = replace(config, split=split_of(target, tiles, k // config.k))
-    if m > 16 and target in DESCRIPTOR_TARGETS and kind not in ("float32", "int4"):
+    if m > 16 and target in DESCRIPTOR_TARGETS and kind not in ("float32", "int4", "int4_float"):
         config = replace(config, descriptors=True)
     return config
 

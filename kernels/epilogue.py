@@ -47,9 +47,11 @@ def place(i_program, M, N, BM: tl.constexpr, BN: tl.constexpr):
 
 @inline
 def rescale(b_acc, b_x_scale, p_w_scale, o_n, m_n):
-    """float32 of a sum, times its token's scale and then its channel's."""
+    """float32 of a sum, times its token's scale and then its channel's, where there are such."""
     # [BM, BN]
-    b_y = b_acc.to(tl.float32) * b_x_scale[:, None]
+    b_y = b_acc.to(tl.float32)
+    if b_x_scale is not None:
+        b_y *= b_x_scale[:, None]
     if p_w_scale is not None:
         b_y *= tl.load(p_w_scale + o_n, mask=m_n, other=0.0)[None, :]
     return b_y
@@ -116,6 +118,8 @@ def reduce_kernel(
         # [BM]
         b_x_scale = tl.load(p_x_scale + o_m, mask=o_m < M, other=0.0)
         b_acc = rescale(b_acc, b_x_scale, p_w_scale, o_n, o_n < N)
+    elif p_w_scale is not None:
+        b_acc = rescale(b_acc, None, p_w_scale, o_n, o_n < N)
     finish(b_acc, o_m, o_n, M, N, p_bias, p_residual, stride_residual, p_y, ACTIVATION, DTYPE)
 
 

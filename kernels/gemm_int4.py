@@ -30,13 +30,11 @@ from .common import (
     require_unit_stride,
     target_of,
 )
-from .configs import GemmConfig, gemm_config
+from .configs import INT4_ROWS, GemmConfig, gemm_config
 from .epilogue import add_parts, check_epilogue, check_place, finish, place, rescale
 from .gemm import linear_quantised, multiply
 
 GROUPS = (32, 64, 128)
-SMALL = 64
-"""The most rows that are multiplied by 4 bits: above it a product is bound by arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +276,7 @@ def linear_int4(
     if x.dtype != torch.int8 or x.dim() != 2 or x.shape[1] != k:
         raise RefusalError(f"{op}: x {tuple(x.shape)} {x.dtype}, not [M, {k}] int8")
     m, n = len(x), rows // 2 if gated else rows
-    if config is None and m > SMALL:
+    if config is None and m > INT4_ROWS:
         return linear_quantised(
             x,
             x_scale,

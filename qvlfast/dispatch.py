@@ -6,6 +6,7 @@ import torch
 
 from .errors import BackendError
 from .ops import Ops
+from .quant import Quantization
 
 BACKENDS = ("auto", "native", "reference", "triton")
 
@@ -41,17 +42,17 @@ def choose_ops(
     backend: str,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    form: str | None = None,
+    plan: Quantization | None = None,
 ) -> Ops:
     """The table of implementations for ``backend`` on ``device``.
 
     ``auto`` is ``native`` on a CPU, and the reference where that does not go: in float16, with
-    FP8 weights, and on a GPU, where no kernel has been timed yet; with flash-attn there for plain
-    batches, if it is installed.
+    FP8 weights or int4 weights alone, and on a GPU, where no kernel has been timed yet; with
+    flash-attn there for plain batches, if it is installed.
 
     Args:
         dtype: of the activations.
-        form: of weights that are to be quantised, or None.
+        plan: how weights are to be quantised, or None.
 
     Raises:
         BackendError: no such backend, or it does not run here.
@@ -59,7 +60,7 @@ def choose_ops(
     check_backend(backend)
     if backend == "triton":
         return _triton_ops(device)
-    refusal = _native_refusal(device, dtype, form)
+    refusal = _native_refusal(device, dtype, plan)
     if backend == "native" and refusal:
         raise BackendError(f"backend 'native' {refusal}: use backend='reference'")
     if backend == "reference":
@@ -83,13 +84,17 @@ def _fast_reference(device: torch.device) -> Ops:
     return ops
 
 
-def _native_refusal(device: torch.device, dtype: torch.dtype, form: str | None) -> str | None:
+def _native_refusal(
+    device: torch.device, dtype: torch.dtype, plan: Quantization | None
+) -> str | None:
     """Why the CPU kernels cannot run this, or None."""
     if device.type != "cpu":
         return f"runs on the CPU, not on {str(device)!r}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"computes in float32 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
-    return "has no FP8 weights" if form == "fp8" else None
+    if plan is not None and plan.weight_only:
+        return "multiplies int4 weights by int8 rows only, and weight_only asks for others"
+    return "has no FP8 weights" if plan is not None and plan.format == "fp8" else None
 
 
 def _triton_ops(device: torch.device) -> Ops:

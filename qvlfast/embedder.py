@@ -89,7 +89,8 @@ class Embedder:
             backend: ``auto``, ``native`` (the CPU kernels), ``reference`` or ``triton``;
                 ``auto`` is ``native`` on a CPU and the reference on a GPU.
             quantization: quantise while loading: ``int8``, ``int4``, ``fp8``, or a
-                :class:`qvlfast.Quantization` that says more; None keeps what is stored.
+                :class:`qvlfast.Quantization` that says more, such as int4 weights alone; None
+                keeps what is stored.
             default_instruction: for inputs that name none; None is the model's own,
                 ``Represent the user's input.``
             max_length: the most tokens an input may have.

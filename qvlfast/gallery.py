@@ -1,4 +1,4 @@
-"""The emoji pictures that come with the package, with their names in eight languages.
+"""The emoji pictures that come with the package, with their names in fourteen languages.
 
 Pictures are Noto Color Emoji's, names the Unicode CLDR's; see ``NOTICE``.
 """

@@ -23,6 +23,7 @@ from .arena import HEAP, Arena, Memory
 from .backends.native import NativeOps
 from .batch import Batch, PieceLimits, Window, pack
 from .config import ModelConfig
+from .kernels.configs import INT4_ROWS
 from .model import Model, drain
 from .ops import Linear, Ops, QuantisedRows, RowFormat, Rows, Weight
 from .ops.patch_embed import resample_positions
@@ -58,12 +59,14 @@ class Setup:
         backend: ``reference``, ``native`` or ``triton``.
         form: the format of a linear, by its published name without ``model.`` and ``.weight``.
         group: inputs that share a multiplier, in int4.
+        weight_only: int4 weights are multiplied by rows in floating point.
     """
 
     dtype: torch.dtype
     backend: str = "reference"
     form: Callable[[str], Format] = lambda name: "float"
     group: int = 64
+    weight_only: bool = False
 
     @classmethod
     def loaded(
@@ -90,12 +93,18 @@ class Setup:
                 return "float"
             return plan.format if plan.format in keeps else "float"
 
-        return cls(dtype, backend, form, plan.group if plan else 64)
+        if plan is None:
+            return cls(dtype, backend, form)
+        return cls(dtype, backend, form, plan.group, plan.weight_only)
 
     def rows(self, name: str) -> RowFormat:
         """The form in which that linear takes its input."""
-        forms: dict[str, RowFormat] = {"int8": "int8", "int4": "int8"}
-        forms |= {"fp8": "fp8", "fp8_blocks": "fp8"}
+        forms: dict[str, RowFormat] = {
+            "int8": "int8",
+            "int4": "float" if self.weight_only else "int8",
+            "fp8": "fp8",
+            "fp8_blocks": "fp8",
+        }
         return forms.get(self.form(name), "float")
 
 
@@ -582,7 +591,7 @@ class _Triton(_Fused):
         x: Rows, layer: Linear, *, activation: str | None = None, memory: Memory = HEAP
     ) -> Tensor:
         rows = _Triton._taken(x, layer, memory)
-        wide = _Triton._widened(layer)
+        wide = _Triton._widened(rows, layer)
         out = _Fused.linear(rows, layer, memory=memory)
         del wide
         return out
@@ -590,14 +599,14 @@ class _Triton(_Fused):
     @staticmethod
     def add_linear(y: Tensor, x: Rows, layer: Linear, *, memory: Memory = HEAP) -> None:
         rows = _Triton._taken(x, layer, memory)
-        wide = _Triton._widened(layer)
+        wide = _Triton._widened(rows, layer)
         del rows, wide
 
     @staticmethod
     def gated_linear(
         x: Rows, layer: Linear, *, rows: RowFormat = "float", memory: Memory = HEAP
     ) -> Rows:
-        wide = _Triton._widened(layer)
+        wide = _Triton._widened(x, layer)
         out = _Fused.gated_linear(x, layer, rows=rows, memory=memory)
         del wide
         return out
@@ -608,9 +617,11 @@ class _Triton(_Fused):
         return _rows(x, layer.rows, memory) if isinstance(x, Tensor) else x
 
     @staticmethod
-    def _widened(layer: Linear) -> list[Tensor]:
-        """int4 as int8, which many rows are multiplied by."""
-        fours = [part for part in layer.weight if isinstance(part, Int4Weight)]
+    def _widened(x: Rows, layer: Linear) -> list[Tensor]:
+        """int4 as int8, which many int8 rows are multiplied by."""
+        many = isinstance(x, QuantisedRows) and len(x.values) > INT4_ROWS
+        parts = layer.weight if many and layer.rows == "int8" else ()
+        fours = [part for part in parts if isinstance(part, Int4Weight)]
         return [torch.empty(four.shape, dtype=torch.int8, device=META) for four in fours]
 
 

@@ -195,7 +195,7 @@ class Runtime:
         config = load_config(folder)
         checkpoint = Checkpoint(folder)
         torch_dtype = torch_dtype or stored_dtype(checkpoint)
-        ops = choose_ops(backend, torch_device, torch_dtype, plan.format if plan else None)
+        ops = choose_ops(backend, torch_device, torch_dtype, plan)
         if deterministic and ops.name != "native":
             raise BackendError(
                 f"backend {ops.name!r} does not promise equal bits: deterministic=True needs "

@@ -83,7 +83,7 @@ def compile_model(
     def prepare(
         parts: Sequence[Weight], bias: Tensor | None, *, rows: RowFormat, gated: bool
     ) -> Linear:
-        return TritonOps.prepare(parts, bias, gated=gated)
+        return TritonOps.prepare(parts, bias, weight_only=setup.weight_only, gated=gated)
 
     try:
         with compiling_for(target, progress) as compiler:

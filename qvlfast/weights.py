@@ -231,6 +231,7 @@ class _Loader:
             torch.cat([self(f"{name}.bias") for name in names]) if bias else None,
             form=form,
             group=plan.group if plan else 64,
+            weight_only=plan is not None and plan.weight_only,
             gated=gated,
         )
 
@@ -340,7 +341,8 @@ def load_weights(
         ops: the backend that the linears are prepared for.
         dtype: of the activations and of all weights that are not quantised.
         answer_ids: vocabulary entries of ``yes`` and ``no`` for a reranker, None for an embedder.
-        quantization: what to quantise of the linears that are stored in floating point.
+        quantization: what to quantise of the linears that are stored in floating point; and the
+            rows of those in int4, stored ones too.
 
     Raises:
         CheckpointError: a tensor is missing, left over, misshapen or of a wrong type.

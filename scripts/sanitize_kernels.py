@@ -21,7 +21,17 @@ from qvlfast.kernels.common import RowConfig
 from qvlfast.kernels.configs import GemmConfig
 from triton_viz.clients import Sanitizer
 
-from qvlfast.kernels import embed, epilogue, gemm, gemm_int4, norm, pool, quantise, rope
+from qvlfast.kernels import (
+    embed,
+    epilogue,
+    gemm,
+    gemm_int4,
+    gemm_int4_float,
+    norm,
+    pool,
+    quantise,
+    rope,
+)
 
 BLOCKS = GemmConfig(m=16, n=32, k=32, warps=4, stages=2)
 # Rows and columns that are no multiples of any block.
@@ -30,7 +40,8 @@ ROWS, INPUTS, OUTPUTS = 17, 70, 34
 
 def wrap() -> None:
     """Replace every kernel by one that is watched."""
-    for module in (embed, epilogue, gemm, gemm_int4, norm, pool, quantise, rope):
+    modules = (embed, epilogue, gemm, gemm_int4, gemm_int4_float, norm, pool, quantise, rope)
+    for module in modules:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             watched = triton_viz.trace(Sanitizer(abort_on_error=True))(getattr(module, name))
             setattr(module, name, watched)
@@ -56,6 +67,12 @@ def calls() -> dict[str, Callable[[], object]]:
             x8, x_scale, w8, w_scale, dtype=f32, gated=True, config=c
         ),
         "linear_int4": lambda: gemm_int4.linear_int4(x8, x_scale, int4, dtype=f32, config=c),
+        "linear_int4_float": lambda: gemm_int4_float.linear_int4_float(
+            x, int4, bias, residual=residual, config=c
+        ),
+        "gated_linear_int4_float": lambda: gemm_int4_float.linear_int4_float(
+            x, int4, gated=True, config=c
+        ),
         "widen_int4": lambda: gemm_int4.widen_int4(int4),
         "quantise_rows": lambda: quantise.quantise_rows(x),
         "rms_norm": lambda: norm.rms_norm(x, one, 1e-6),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import asdict, replace
 
@@ -26,6 +25,9 @@ GOOD = Row("sm_89", "linear", "bfloat16", "x", "m=16", 4, 2, 80, 9000, 0, "HMMA"
         ({"target": "sm_90", "shared_bytes": 100 * 1024}, ""),
         ({"matrix": ""}, "matrix instruction none, expected HMMA"),
         ({"op": "gated_linear_int8"}, "matrix instruction HMMA, expected IMMA"),
+        ({"op": "linear_int4", "matrix": "IMMA"}, ""),
+        ({"op": "gated_linear_int4_float"}, ""),
+        ({"op": "linear_int4_float", "matrix": "IMMA"}, "expected HMMA"),
         ({"op": "linear_fp8", "matrix": "QMMA"}, ""),
         ({"op": "linear_fp8", "target": "sm_90"}, ""),
         ({"op": "linear_fp8", "target": "sm_90", "blocks": "m=64"}, "expected QGMMA"),
@@ -63,10 +65,11 @@ def test_a_compiler_that_dies_leaves_a_row() -> None:
 def test_the_committed_table(target) -> None:
     rows = [row for row in read_table() if row.target == target]
     assert not [row for row in rows if broken(row)]
-    ops = {name for name, _ in inspect.getmembers(Ops, inspect.isfunction)}
-    ops |= {f"{gated}linear_{form}" for gated in ("", "gated_") for form in ("int8", "int4")}
+    ops = {name for name, entry in vars(Ops).items() if isinstance(entry, staticmethod)}
+    forms = ("int8", "int4", "int4_float")
+    ops |= {f"{gated}linear_{form}" for gated in ("", "gated_") for form in forms}
     if target not in ("sm_80", "sm_87"):
         ops |= {"linear_fp8", "gated_linear_fp8"}
     ops |= {"quantise_rows", "widen_int4"}
-    # Preparing weights is no kernel.
-    assert ops - {"prepare"} <= {row.op for row in rows}
+    # Preparing weights is no kernel, and what adds a product has those of linear.
+    assert ops - {"prepare", "add_linear"} <= {row.op for row in rows}

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qvlfast import Embedder, Reranker
+from qvlfast import Embedder, Quantization, Reranker
 from qvlfast.checkpoint import Checkpoint
-from qvlfast.cli import main
+from qvlfast.cli import build_parser, main
 from qvlfast.cli.contact_sheet import Row, draw
+from qvlfast.cli.options import model_arguments
 from qvlfast.cli.plan import Planner, Wish, find_device
 from qvlfast.cli.rerank import read_query
 from qvlfast.config import load_config
@@ -107,6 +108,8 @@ def test_user_errors_are_one_line(
         (("embed", small_checkpoint, lines, "-o", tmp_path / "no" / "out.npy"), "No such file"),
         (("embed", small_checkpoint, lines, "-o", out, "--dimensions", "64"), "32 values"),
         (("embed", small_checkpoint, lines, "-o", out, "--device", "tpu"), "tpu"),
+        (("rerank", small_checkpoint, "a", lines, "--weight-only"), "needs --quantization int4"),
+        (("info", small_checkpoint, "--quantization", "int8", "--weight-only"), "for 'int4'"),
         (("rerank", small_checkpoint, " ", lines), "query is empty"),
         (("rerank", small_checkpoint, "{not json}", lines), "not JSON"),
         (("rerank", small_checkpoint, "@none.txt", lines), "No such file"),
@@ -176,7 +179,7 @@ def test_rerank(small_checkpoint: Path, tmp_path: Path) -> None:
 OPTIONS = ("--quantization", "int8", "--backend", "native", "--deterministic", "--no-cuda-graphs")
 CACHES = ("--cache-bytes", "0", "--vision-cache-bytes", "1.5M")
 LOADING = {
-    "quantization": "int8",
+    "quantization": Quantization("int8"),
     "backend": "native",
     "deterministic": True,
     "cuda_graphs": False,
@@ -239,6 +242,14 @@ def test_rerank_queries(tmp_path: Path) -> None:
             read_query(bad)
 
 
+def test_weights_alone_are_asked_for() -> None:
+    for given in (["embed", "MODEL", "in.txt", "-o", "out.npy"], ["rerank", "M", "query", "in"]):
+        options = build_parser().parse_args([*given, "--quantization", "int4", "--weight-only"])
+        found = model_arguments(options)["quantization"]
+        assert found == Quantization("int4", weight_only=True)
+        assert model_arguments(build_parser().parse_args(given))["quantization"] is None
+
+
 def test_info(odd_checkpoint: Path) -> None:
     out, _ = qvlfast("info", odd_checkpoint, "--json", "--device", "cpu", "--memory", "1G")
     found = json.loads(out)
@@ -284,6 +295,12 @@ def test_info_plans_for_a_gpu_that_is_not_here(
     none = plan("--device", "sm_87", "--memory", "2G", "--quantization", "fp8")
     assert set(none["plans"]["fp8"]["parts"][3]["formats"]) == {"float"}
     assert 0 < orin["largest_tokens"] < 1 << 18
+    # Weights of 4 bits take the same with rows of either kind; int8 ones need a widened copy.
+    fours = plan("--device", "sm_87", "--memory", "2G", "--quantization", "int4")
+    alone = plan("--device", "sm_87", "--memory", "2G", "--quantization", "int4", "--weight-only")
+    assert alone["chosen"] == "int4, weights only"
+    own, other = alone["plans"]["int4, weights only"], fours["plans"]["int4"]
+    assert own["parts"] == other["parts"] and own["activations"] != other["activations"]
     # What is advised fits.
     small = plan("--device", "sm_89", "--memory", "800M")
     (first, *_) = small["advice"]

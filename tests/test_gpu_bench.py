@@ -53,14 +53,16 @@ def test_distance_reads_quantised_rows() -> None:
 
 
 def test_every_op_has_a_case() -> None:
-    """But for preparing weights; the quantised products are linears."""
+    """But for preparing weights; the quantised products are linears, as what goes onto hidden
+    states is."""
     names = {case.op for case in cases(DRY, CPU, fp8=True)}
     ops = {name for name, value in vars(Ops).items() if isinstance(value, staticmethod)}
-    assert ops - {"prepare"} <= names
-    assert {"linear_int8", "linear_int4", "linear_fp8", "linear_fp8_blocks"} <= names
+    assert ops - {"prepare", "add_linear"} <= names
+    forms = ("int8", "int4", "int4_float", "fp8", "fp8_blocks")
+    assert {f"linear_{form}" for form in forms} <= names
 
 
-@pytest.mark.parametrize("form", ["int8", "fp8_blocks"])
+@pytest.mark.parametrize("form", ["int8", "int4_float", "fp8_blocks"])
 def test_quantised_cases_pass_in_the_interpreter(form: str) -> None:
     for case in quantised_products(DRY, Maker(CPU), form):
         row, _ = check(case, TritonOps(CPU))

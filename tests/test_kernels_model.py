@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from qvlfast.errors import BackendError
 from qvlfast.ops import Linear, Ops, QuantisedRows
 from qvlfast.ops.rows import quantise_rows
 from qvlfast.quant import Fp8BlockWeight
+from qvlfast.quant.convert import convert
 from qvlfast.quant.stored import QuantizationWarning
 from tests.samples import frames, picture
 from tests.test_quant_files import write
@@ -31,9 +31,12 @@ CPU = torch.device("cpu")
 # Two float32 implementations that add in different orders.
 TOLERANCE = 1e-5
 
-OPS = {name for name, _ in inspect.getmembers(Ops, inspect.isfunction)}
-# The kernels of a model in floating point: preparing weights is none.
-KERNELS = OPS - {"prepare"}
+OPS = {name for name, entry in vars(Ops).items() if isinstance(entry, staticmethod)}
+# The kernels of a model in floating point: preparing weights is none, and a product that goes onto
+# hidden states is launched as any other.
+KERNELS = OPS - {"prepare", "add_linear"}
+# Those that change their first argument.
+IN_PLACE = {"add_linear", "add_rows", "rope", "norm_rope"}
 
 ITEMS: list[Any] = [
     "a text",
@@ -97,6 +100,52 @@ def test_quantised_embedder(odd_checkpoint: Path, form: str) -> None:
     assert 0 < np.linalg.norm(got - truth) <= 1.5 * np.linalg.norm(allowed)
 
 
+def test_int4_weights_alone_equal_the_reference(odd_checkpoint: Path) -> None:
+    """Nothing is rounded but the weights, so both are two float32 computations of the same."""
+    plan = Quantization("int4", vision=True, group=32, weight_only=True)
+    expected = vectors(odd_checkpoint, "reference", ITEMS, quantization=plan)
+    LAUNCHES.clear()
+    got = vectors(odd_checkpoint, "triton", ITEMS, quantization=plan)
+    assert np.abs(got - expected).max() < TOLERANCE
+    kernels = KERNELS - {"score", "gated_linear"}
+    kernels |= {"linear_int4_float", "gated_linear_int4_float"}
+    assert set(LAUNCHES) == kernels, "an op was computed by something else"
+    layers, blocks, mergers = 3, 3, 3
+    passes = LAUNCHES["gated_linear_int4_float"] // layers
+    assert LAUNCHES["linear_int4_float"] >= 4 * layers * passes
+    pictured, rest = divmod(LAUNCHES["linear_int4_float"] - 4 * layers * passes, 4 * blocks)
+    assert rest == 0 and LAUNCHES["linear"] == 2 * mergers * pictured > 0
+
+
+def test_a_reranker_with_int4_weights_alone(odd_checkpoint: Path) -> None:
+    plan = Quantization("int4", weight_only=True)
+
+    def scores(backend: str) -> list[float]:
+        with Reranker.from_pretrained(
+            odd_checkpoint, device="cpu", backend=backend, quantization=plan
+        ) as reranker:
+            return list(reranker.predict([("the query", "a text"), ("the query", SMALL[0])]))
+
+    LAUNCHES.clear()
+    got = scores("triton")
+    assert LAUNCHES["linear_int4_float"] and LAUNCHES["gated_linear_int4_float"]
+    assert LAUNCHES["score"] and not LAUNCHES["quantise_rows"] and not LAUNCHES["gated_linear"]
+    np.testing.assert_allclose(got, scores("reference"), atol=TOLERANCE)
+
+
+def test_a_file_of_int4_can_be_computed_with_float_rows(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "int4"
+    convert(tiny_checkpoint, folder, Quantization("int4"))
+    plan = Quantization("int4", weight_only=True)
+    LAUNCHES.clear()
+    got = vectors(folder, "triton", SMALL, quantization=plan)
+    assert LAUNCHES["linear_int4_float"] and not LAUNCHES["linear_int4"]
+    expected = vectors(folder, "reference", SMALL, quantization=plan)
+    assert np.abs(got - expected).max() < TOLERANCE
+
+
 class Lockstep(Ops):
     """Both backends on the reference's values, op by op; an op that differs fails at once."""
 
@@ -116,14 +165,20 @@ class Lockstep(Ops):
                 assert pair[0].rows == pair[1].rows
                 return Linear(pair, None, pair[0].rows)
             self.calls[name] += 1
-            copies = [a.clone() if name == "add_rows" and i == 0 else a for i, a in enumerate(args)]
-            expected = one(*(a.weight[0] if isinstance(a, Linear) else a for a in args), **options)
-            got = other(*(a.weight[1] if isinstance(a, Linear) else a for a in copies), **options)
-            if name == "add_rows":
-                expected, got = args[0], copies[0]
+            ones = [a.weight[0] if isinstance(a, Linear) else a for a in args]
+            others = [a.weight[1] if isinstance(a, Linear) else a for a in args]
+            # In the model's own tensor, whose rows may be apart.
+            before = args[0].clone() if name in IN_PLACE else None
+            got = other(*others, **options)
+            if before is not None:
+                got = args[0].clone()
+                args[0].copy_(before)
+            expected = one(*ones, **options)
+            if before is not None:
+                expected = args[0]
             exact = name == "linear" and args[1].rows == "int8" and not options.get("activation")
             compare(name, got, expected, exact)
-            return expected
+            return None if before is not None else expected
 
         return both
 
@@ -157,7 +212,7 @@ def test_quantised_reranker_equals_the_reference_in_lockstep(
     assert ops.calls["score"] and ops.calls["gated_linear"]
 
 
-@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("form", ["int8", "int4", "int4, weights only", "fp8"])
 def test_quantised_ops_equal_the_reference_in_lockstep(
     odd_checkpoint: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +220,8 @@ def test_quantised_ops_equal_the_reference_in_lockstep(
     int8, whose vision tower is quantised too."""
     ops = Lockstep()
     monkeypatch.setattr("qvlfast.runtime.choose_ops", lambda *args: ops)
-    plan = Quantization(form, vision=form == "int8", group=32)
+    form, _, alone = form.partition(", ")
+    plan = Quantization(form, vision=form == "int8", group=32, weight_only=bool(alone))
     vectors(odd_checkpoint, "triton", ITEMS if form == "int8" else SMALL, quantization=plan)
     assert set(ops.calls) == OPS - {"prepare", "score"}
 
@@ -176,12 +232,15 @@ def vectors(folder: Path, backend: str, items: list[Any], **options: Any) -> np.
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-def test_half_precision_is_no_further_from_the_truth(tiny_checkpoint: Path, dtype: str) -> None:
+@pytest.mark.parametrize("plan", [None, Quantization("int4", weight_only=True)])
+def test_half_precision_is_no_further_from_the_truth(
+    tiny_checkpoint: Path, dtype: str, plan: Quantization | None
+) -> None:
     """The truth is float32 arithmetic on the same rounded weights."""
 
     def rounded(backend: str, wide: bool) -> np.ndarray:
         with Embedder.from_pretrained(
-            tiny_checkpoint, device="cpu", dtype=dtype, backend=backend
+            tiny_checkpoint, device="cpu", dtype=dtype, backend=backend, quantization=plan
         ) as embedder:
             model = embedder._runtime.engine.model
             if wide:
@@ -195,9 +254,9 @@ def test_half_precision_is_no_further_from_the_truth(tiny_checkpoint: Path, dtyp
 
 
 def widened(weights: Any) -> Any:
-    """The same nested dataclasses and tuples with every tensor in float32."""
+    """The same nested dataclasses and tuples with every float tensor in float32."""
     if isinstance(weights, torch.Tensor):
-        return weights.float()
+        return weights.float() if weights.is_floating_point() else weights
     if isinstance(weights, tuple):
         return tuple(map(widened, weights))
     if hasattr(weights, "__dataclass_fields__"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +82,17 @@ def measured(model: Model, prompts: list, plan: ArenaPlan) -> int:
     return heap + arena.peak + sum(t.nbytes for t in tensors(batch))
 
 
+def plan_of(form: str | None) -> Quantization | None:
+    """``int4 alone``: with rows in floating point."""
+    return form and Quantization(form.removesuffix(" alone"), weight_only=form.endswith(" alone"))
+
+
 def form_of(plan: Quantization | None) -> Setup:
-    return Setup(torch.float32, form=lambda n: plan.format if plan and plan.covers(n) else "float")
+    return Setup(
+        torch.float32,
+        form=lambda n: plan.format if plan and plan.covers(n) else "float",
+        weight_only=plan is not None and plan.weight_only,
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,6 +102,7 @@ def form_of(plan: Quantization | None) -> Setup:
         ("native", torch.float32, None),
         ("native", torch.bfloat16, None),
         ("native", torch.bfloat16, "int8"),
+        ("reference", torch.float32, "int4 alone"),
     ],
 )
 @pytest.mark.parametrize(("tokens", "patches"), [(600, 0), (400, 1024), (64, 1024)])
@@ -102,7 +112,7 @@ def test_the_peak_is_that_of_a_run(
     compare(checkpoint, backend, dtype, form, tokens, patches)
 
 
-@pytest.mark.parametrize("form", [None, "int8"])
+@pytest.mark.parametrize("form", [None, "int8", "int4", "int4 alone"])
 @pytest.mark.parametrize(("tokens", "patches"), [(200, 0), (16, 128)])
 def test_the_peak_is_that_of_a_run_in_the_interpreter(
     checkpoint: Path, form: str | None, tokens: int, patches: int
@@ -113,18 +123,19 @@ def test_the_peak_is_that_of_a_run_in_the_interpreter(
 def compare(
     checkpoint: Path, backend: str, dtype: torch.dtype, form: str | None, tokens: int, patches: int
 ) -> None:
-    plan = None if form is None else Quantization(form)
+    plan = plan_of(form)
     config, model = load(checkpoint, backend, dtype, plan)
-    setup = Setup(dtype, backend, form_of(plan).form)
+    setup = replace(form_of(plan), dtype=dtype, backend=backend)
     predicted = peak_activations(config, setup, tokens=tokens, patches=patches)
     predicted -= _scratch(config, setup, tokens, patches)
     prompts = _prompts(config, tokens, patches, 8192)
     found = measured(model, prompts, ArenaPlan.measure(config, setup))
     # Below: torch makes fewer copies on a CPU than it does for tensors without storage, in the
     # reference's norms, ropes and attention. Above: tables of positions; and Triton's interpreter
-    # holds on to the operands of the kernel before.
+    # holds on to the operands of the kernel before, such as a widened weight.
     above = 1.08 if backend == "triton" else 1.05
-    assert 0.9 * predicted <= found <= above * predicted
+    held = SHAPE["hidden"] * SHAPE["ffn"] if backend == "triton" and form == "int4" else 0
+    assert 0.9 * predicted <= found <= above * predicted + held
 
 
 def test_nothing_is_left_of_a_prediction(checkpoint: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from qvlfast.backends.native import NativeOps
 from qvlfast.batch import PieceLimits
 from qvlfast.checkpoint import Checkpoint
 from qvlfast.cli import main
+from qvlfast.errors import BackendError
 from qvlfast.model import Model
 from qvlfast.ops import Ops, QuantisedRows
 from qvlfast.ops.rows import quantise_rows
@@ -81,6 +83,9 @@ def test_unknown_formats_and_odd_groups_are_named() -> None:
         Quantization("int3")
     with pytest.raises(ValueError, match="group is 48: use 32, 64 or 128"):
         Quantization("int4", group=48)
+    for form in ("int8", "fp8"):
+        with pytest.raises(ValueError, match=f"weight_only is for 'int4', not for '{form}'"):
+            Quantization(form, weight_only=True)
     with pytest.raises(ValueError, match="expected an even number of inputs"):
         quantise(torch.zeros(2, 95), "int4")
 
@@ -152,6 +157,32 @@ def test_parts_bias_activation_and_residual_come_in_order() -> None:
     torch.testing.assert_close(gated, torch.nn.functional.silu(x @ a.T) * (x @ a.T * 2))
 
 
+def test_int4_weights_alone_leave_the_rows_as_they_are() -> None:
+    x, a, b, bias = draw(5, 96), draw(24, 96, seed=1), draw(16, 96, seed=2), draw(40, seed=3)
+    layer = Ops.prepare([a, b], bias, form="int4", group=32, weight_only=True)
+    assert layer.rows == "float"
+    wide = torch.cat([quantise(part, "int4", 32).dequantise() for part in (a, b)])
+    torch.testing.assert_close(Ops.linear(x, layer), x @ wide.T + bias)
+    half = x.bfloat16()
+    exact = half.float() @ wide.T + bias
+    # Summed in float32 and rounded once.
+    torch.testing.assert_close(Ops.linear(half, layer).float(), exact, rtol=2**-8, atol=1e-4)
+    # One that a file holds as int8 brings all of them to int8 rows.
+    mixed = Ops.prepare([quantise(a, "int8"), b], form="int4", weight_only=True)
+    assert mixed.rows == "int8"
+
+
+def test_the_cpu_kernels_have_int8_rows_only(tiny_checkpoint: Path) -> None:
+    plan = Quantization("int4", weight_only=True)
+    load = partial(Embedder.from_pretrained, tiny_checkpoint, device="cpu", quantization=plan)
+    with pytest.raises(BackendError, match=r"int8 rows only.*use backend='reference'"):
+        load(backend="native")
+    with load(backend="auto") as embedder:
+        assert embedder.backend == "reference"
+    with pytest.raises(TypeError, match="this is a bug"):
+        NativeOps.prepare([draw(8, 64)], form="int4", weight_only=True)
+
+
 def test_parts_of_which_some_are_quantised() -> None:
     x = draw(5, 64)
     a, b = draw(24, 64, seed=1) / 8, quantise(draw(16, 64, seed=2) / 8, "int8")
@@ -185,20 +216,28 @@ def test_scales_of_other_makers_become_int8_with_a_warning() -> None:
     assert ((weight.dequantise() - truth).abs() <= weight.scale[:, None] * 0.5001).all()
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", "int4", "int4, weights only"])
 def test_a_written_checkpoint_is_the_one_quantised_at_load(
     form: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Weights alone are a matter of loading: the files say nothing of it."""
     target = tmp_path / "out"
+    form, _, alone = form.partition(", ")
+    plan = Quantization(form, weight_only=bool(alone))
     assert main(["quantize", str(tiny_checkpoint), str(target), "--format", form]) == 0
     assert "linears in " + form in capsys.readouterr().out
     items = ["a text", {"image": picture(64, 64), "text": "and a picture"}]
     with Embedder.from_pretrained(
-        tiny_checkpoint, device="cpu", backend="reference", quantization=form
+        tiny_checkpoint, device="cpu", backend="reference", quantization=plan
     ) as at_load:
         expected = at_load.encode(items)
-    with Embedder.from_pretrained(target, device="cpu", backend="reference") as stored:
+    again = plan if alone else None
+    with Embedder.from_pretrained(
+        target, device="cpu", backend="reference", quantization=again
+    ) as stored:
         got = stored.encode(items)
+    with Embedder.from_pretrained(target, device="cpu", backend="reference") as rounded:
+        assert bool(alone) == (np.abs(rounded.encode(items) - got).max() > 1e-5)
     # Batches form by timing, and torch's sums depend on what is computed beside them. A file of
     # int4 besides holds the products of both levels of scales: reading splits them anew.
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)

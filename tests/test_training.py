@@ -48,10 +48,11 @@ def test_the_forward_pass_is_that_of_transformers(setting: training.Setting, can
 
 
 def test_tokens_learn_what_the_last_layer_then_copies(
-    setting: training.Setting, monkeypatch: pytest.MonkeyPatch
+    setting: training.Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(head_start, "TOKEN_STEPS", 60)
-    meaning = head_start.learn_tokens(setting, len(NAMES))
+    log = training.Log(tmp_path / "tokens.csv")
+    meaning = head_start.learn_tokens(setting, len(NAMES), log)
     head_start.start(setting.model, meaning)
     with torch.no_grad():
         scores = training.embed_texts(setting, NAMES) @ meaning.anchors.T

@@ -36,8 +36,11 @@ def _prepare(
     *,
     form: str | None = None,
     group: int = 64,
+    weight_only: bool = False,
     gated: bool = False,
 ) -> Linear:
+    if weight_only:
+        raise TypeError("this is a bug: the CPU kernels multiply int4 weights by int8 rows only")
     bias = None if bias is None else bias.float().contiguous()
     wide = list(parts)
     if form is not None:

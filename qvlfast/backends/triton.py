@@ -19,6 +19,7 @@ from ..kernels.common import New, RefusalError, target_of
 from ..kernels.embed import add_rows, embed
 from ..kernels.gemm import linear, linear_quantised
 from ..kernels.gemm_int4 import Int4Packed, linear_int4, pack_int4
+from ..kernels.gemm_int4_float import linear_int4_float
 from ..kernels.norm import layer_norm, rms_norm
 from ..kernels.patch_embed import patch_embed
 from ..kernels.pool import pool, score
@@ -58,6 +59,7 @@ def _prepare(
     *,
     form: str | None = None,
     group: int = 64,
+    weight_only: bool = False,
     gated: bool = False,
 ) -> Linear:
     made = [
@@ -69,7 +71,8 @@ def _prepare(
     fours = [part for part in made if isinstance(part, Int4Weight)]
     if len(fours) == len(made) and len({four.group for four in fours}) == 1:
         triples = [(four.values(), four.multiplier, four.scale) for four in fours]
-        return Linear(pack_int4(triples, fours[0].group), bias, "int8")
+        rows: RowFormat = "float" if weight_only else "int8"
+        return Linear(pack_int4(triples, fours[0].group), bias, rows)
     wide = [part.widen() if isinstance(part, Int4Weight) else part for part in made]
     eights = [part for part in wide if isinstance(part, Int8Weight)]
     if len(eights) == len(wide):
@@ -81,8 +84,8 @@ def _prepare(
         require_form("prepare", "fp8", (channels or blocks)[0].values.device)
         if blocks:
             # A row for each 128 inputs: then parts of any number of outputs can follow another.
-            rows = [b.scale_inv.repeat_interleave(FP8_BLOCK, 0)[: b.shape[0]] for b in blocks]
-            scale = torch.cat(rows).T.contiguous()
+            each = [b.scale_inv.repeat_interleave(FP8_BLOCK, 0)[: b.shape[0]] for b in blocks]
+            scale = torch.cat(each).T.contiguous()
         else:
             scale = torch.cat([w.scale for w in channels])
         # As bytes: torch concatenates no e4m3.
@@ -97,6 +100,8 @@ def _product(x: Rows, layer: Linear, memory: Memory, **epilogue: Any) -> Tensor:
     weight, bias, new = layer.weight, layer.bias, memory.empty
     if isinstance(weight, Tensor) and isinstance(rows, Tensor):
         return _product_of_floats(rows, weight, bias, new, **epilogue)
+    if isinstance(weight, Int4Packed) and isinstance(rows, Tensor):
+        return linear_int4_float(rows, weight, bias, new=new, **epilogue)
     if isinstance(weight, Tensor) or isinstance(rows, Tensor):
         raise RefusalError("linear: quantised rows meet a weight that is not quantised")
     values, scale, dtype = rows.values, rows.scale, rows.dtype

@@ -45,8 +45,8 @@ _COMMIT_SECONDS = 1.0
 # What decides the numbers, beyond the model and the input; the rest of the options only decides
 # how fast they come.
 _DECISIVE = (
-    "instruction", "dimensions", "output", "no_normalize", "dtype", "quantization", "max_length",
-    "no_truncate", "min_pixels", "max_pixels", "fps", "max_frames",
+    "instruction", "dimensions", "output", "no_normalize", "dtype", "quantization", "weight_only",
+    "max_length", "no_truncate", "min_pixels", "max_pixels", "fps", "max_frames",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import QUANTIZATIONS, byte_count, positive_int
+from .options import add_quantization_options, byte_count, positive_int, quantization
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -44,10 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="plan for one dtype alone; auto shows all and marks the checkpoint's own",
     )
-    parser.add_argument(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        help="plan for linears quantised at load; default: shows those besides",
+    add_quantization_options(
+        parser, "plan for linears quantised at load; default: shows those besides"
     )
     parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="auto, reference, native or triton"
@@ -71,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     planner = Planner(checkpoint, config, find_device(options.device, options.memory))
     forms = ("int8", "int4", "fp8") if planner.device.kind == "cuda" else ("int8", "int4")
     wishes = _wishes(options, config, own, forms)
-    chosen = options.quantization or (own if options.dtype == "auto" else options.dtype)
+    chosen = next(iter(wishes)) if options.quantization or options.dtype != "auto" else own
     plans = {chosen: planner.plan(wishes[chosen])}
     for label, wish in wishes.items():
         with contextlib.suppress(BackendError):  # not every backend computes in every dtype
@@ -97,16 +95,15 @@ def _wishes(
     tokens = max(options.batch_tokens, options.max_length)
     patches = max(options.batch_patches, options.max_length * merged)
 
-    def wish(dtype: str, form: str | None) -> Wish:
-        plan = Quantization.parse(form)
+    def wish(dtype: str, plan: Quantization | None) -> Wish:
         return Wish(dtype, plan, options.backend, tokens, patches, options.max_length)
 
     base = own if options.dtype == "auto" else options.dtype
-    if options.quantization:
-        return {options.quantization: wish(base, options.quantization)}
+    if (plan := quantization(options)) is not None:
+        return {plan.format + ", weights only" * plan.weight_only: wish(base, plan)}
     dtypes = ("float32", "bfloat16", "float16") if options.dtype == "auto" else (base,)
     found = {dtype: wish(dtype, None) for dtype in dtypes}
-    return found | {form: wish(base, form) for form in forms}
+    return found | {form: wish(base, Quantization(form)) for form in forms}
 
 
 def own_dtype(checkpoint: Checkpoint) -> str:
@@ -159,13 +156,16 @@ def _print_plans(device: Device, plans: dict[str, Plan], wish: Wish, own: str) -
         f"\nmemory on {device.name}{has}, with {wish.tokens:,} tokens and {wish.patches:,} patches "
         "at once"
     )
-    print(f"  {'':12}{'weights':>12}{'activations':>14}{'the rest':>12}{'together':>12}  backend")
+    wide = max(12, *(len(label) for label in plans))
+    print(
+        f"  {'':{wide}}{'weights':>12}{'activations':>14}{'the rest':>12}{'together':>12}  backend"
+    )
     for label, plan in plans.items():
         sizes = (plan.weights, plan.activations, plan.fixed, plan.total)
         columns = "".join(f"{_size(s):>{w}}" for s, w in zip(sizes, (12, 14, 12, 12), strict=True))
         fits = "" if memory is None else "fits" if plan.total <= memory else "does not fit"
         mark = " (as stored)" if label == own else ""
-        print(f"  {label:12}{columns}  {plan.backend:11}{fits}{mark}".rstrip())
+        print(f"  {label:{wide}}{columns}  {plan.backend:11}{fits}{mark}".rstrip())
 
 
 def _print_chosen(planner: Planner, plan: Plan, wish: Wish, label: str) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..quant import Quantization
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4", "fp8")
@@ -61,6 +64,32 @@ def byte_budget(text: str) -> int:
     return 0 if text.strip() == "0" else byte_count(text)
 
 
+def add_quantization_options(parser: argparse._ActionsContainer, help: str) -> None:
+    """The format of the weights, and that it is theirs alone."""
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help=help)
+    parser.add_argument(
+        "--weight-only",
+        action="store_true",
+        help="with --quantization int4: do not round the inputs of the products to int8; needs the "
+        "triton or the reference backend",
+    )
+
+
+def quantization(options: argparse.Namespace) -> Quantization | None:
+    """What those two options ask for.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    from ..quant import Quantization
+
+    if options.quantization is None:
+        if options.weight_only:
+            raise ValueError("--weight-only needs --quantization int4")
+        return None
+    return Quantization(options.quantization, weight_only=options.weight_only)
+
+
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """The device, how it holds the weights, and what computes."""
     group = parser.add_argument_group("what it runs on")
@@ -71,10 +100,9 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of the weights; auto is that of the checkpoint",
     )
-    group.add_argument(
-        "--quantization",
-        choices=QUANTIZATIONS,
-        help="quantise the linears of the text model while loading; otherwise they stay as stored",
+    add_quantization_options(
+        group,
+        "quantise the linears of the text model while loading; otherwise they stay as stored",
     )
     group.add_argument(
         "--backend", metavar="NAME", default="auto", help="auto, native, reference or triton"
@@ -186,7 +214,7 @@ def model_arguments(options: argparse.Namespace) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "device": options.device,
         "dtype": options.dtype,
-        "quantization": options.quantization,
+        "quantization": quantization(options),
         "backend": options.backend,
         "deterministic": options.deterministic,
         "cuda_graphs": not options.no_cuda_graphs,

@@ -193,7 +193,7 @@ class Planner:
         name, keeps = "triton", {"int8", "int4", "fp8", "fp8_blocks"}
         if wish.backend != "triton":
             device = torch.device(self.device.kind)
-            ops = choose_ops(wish.backend, device, dtype, plan.format if plan else None)
+            ops = choose_ops(wish.backend, device, dtype, plan)
             name, keeps = ops.name, keeps & set(ops.keeps)
         if name == "native" or not self.device.fp8:
             keeps -= {"fp8", "fp8_blocks"}

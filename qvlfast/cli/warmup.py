@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 
-from .options import DTYPES
+from .options import DTYPES, add_quantization_options, quantization
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", metavar="ARCH", help="compile for this architecture instead, such as sm_87"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights")
-    parser.add_argument(
-        "--quantization", choices=("int8", "int4", "fp8"), help="as the service will load it"
-    )
+    add_quantization_options(parser, "as the service will load it")
     parser.add_argument(
         "--only", choices=("embedder", "reranker"), help="default: the kernels of both"
     )
@@ -35,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint, locate
     from ..config import load_config
-    from ..quant import Quantization
     from ..warmup import cache_folder, compile_model, target_here
     from .info import own_dtype
     from .plan import Planner, Wish, find_device
@@ -44,9 +41,8 @@ def run(options: argparse.Namespace) -> int:
     folder = locate(options.model, local_files_only=True)
     checkpoint, config = Checkpoint(folder), load_config(folder)
     dtype = own_dtype(checkpoint) if options.dtype == "auto" else options.dtype
-    plan = Quantization.parse(options.quantization)
     planner = Planner(checkpoint, config, find_device(target, None))
-    setup = planner.setup(Wish(dtype, plan, "triton", 1, 1, 1))
+    setup = planner.setup(Wish(dtype, quantization(options), "triton", 1, 1, 1))
     launches, start = 0, time.monotonic()
 
     def progress(op: str) -> None:

@@ -46,6 +46,7 @@ def prepare(
     *,
     form: str | None = None,
     group: int = 64,
+    weight_only: bool = False,
     gated: bool = False,
 ) -> Linear:
     """Make weights ready for :func:`linear` or, with ``gated``, :func:`gated_linear`.
@@ -55,12 +56,14 @@ def prepare(
         bias: ``[sum of Ni]``.
         form: quantise float weights to ``int8``, ``int4`` or ``fp8``; None keeps them.
         group: inputs that share a multiplier, for ``int4``.
+        weight_only: int4 weights are multiplied by rows in floating point, and not by int8 ones.
     """
     made = tuple(
         quantise(w, form, group) if form is not None and isinstance(w, Tensor) else w for w in parts
     )
+    alone = weight_only and all(isinstance(part, Int4Weight) for part in made)
     rows: RowFormat = "float"
-    if isinstance(made[0], Int8Weight | Int4Weight):
+    if isinstance(made[0], Int8Weight | Int4Weight) and not alone:
         rows = "int8"
     elif isinstance(made[0], Fp8Weight):
         rows = "fp8"

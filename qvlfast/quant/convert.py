@@ -61,6 +61,8 @@ def convert(
     """
     if plan.format not in _FORMATS:
         raise ValueError(f"format {plan.format!r} is not written: use one of {', '.join(_FORMATS)}")
+    if plan.weight_only:
+        raise ValueError("weight_only is not written: the same file is loaded with it or without")
     config = load_config(source)
     checkpoint = Checkpoint(source)
     covered = {

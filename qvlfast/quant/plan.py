@@ -22,12 +22,16 @@ class Quantization:
         down_proj: quantise the second half of the decoder's MLP, whose inputs have the largest
             outliers.
         group: inputs that share a multiplier, for ``int4``: 32, 64 or 128.
+        weight_only: for ``int4``: inputs of the products stay in the model's dtype and are not
+            rounded to int8, weights that a checkpoint stores as int4 among them. The Triton kernels
+            and the reference do that; the CPU kernels have int8 inputs only.
     """
 
     format: str
     vision: bool = False
     down_proj: bool = True
     group: int = 64
+    weight_only: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -36,6 +40,11 @@ class Quantization:
             )
         if self.group not in GROUPS:
             raise ValueError(f"quantization group is {self.group}: use 32, 64 or 128")
+        if self.weight_only and self.format != "int4":
+            raise ValueError(
+                f"quantization weight_only is for 'int4', not for {self.format!r}: leave it out, "
+                "or use format='int4'"
+            )
 
     @classmethod
     def parse(cls, value: str | Quantization | None) -> Quantization | None:
