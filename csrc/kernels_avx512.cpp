@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "bf16.h"
 #include "kernels.h"
@@ -73,7 +74,7 @@ struct DotProducts {
   static constexpr int64_t kRows = kRowGroup;
   static void multiply(const uint8_t* x, int64_t row_bytes, int64_t rows, const uint8_t* panels,
                        int64_t pitch, int64_t count, int64_t steps, float* c, int64_t c_stride) {
-    dot_group<DotBf16>(rows, x, row_bytes, panels, pitch, count, steps,
+    dot_group<DotBf16>(rows, x, row_bytes, panels, pitch, count, steps, Nothing{},
                        reinterpret_cast<int32_t*>(c), c_stride);
   }
 };

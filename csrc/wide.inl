@@ -34,6 +34,9 @@ inline I dot_bytes(I sum, I bytes, I signed_bytes) {
 #endif
 }
 
+// Keeps GCC from computing a pointer from another.
+inline void keep_apart(const uint8_t*& p) { asm("" : "+r"(p)); }
+
 // x is int8 with 128 added.
 struct DotInt8 {
   using Sum = I;
@@ -46,14 +49,38 @@ inline I splat_four(const uint8_t* x) {
   return splat(four);
 }
 
-// Rows that go through all of K at once, so that their weights come from memory once.
-constexpr int kFewRows = 16;
+// Steps of K, 192 KB of a panel, whose weights for two or three panels stay in L2.
+constexpr int64_t kMostSteps = 3072;
 
-// c [R][P · 16] += x · P panels; a step is 4 bytes of a row and 64 of each panel.
-template <int R, int P, class Op>
+// Panels that so many rows are multiplied by at once: enough sums to wait for none, and as few
+// loads to a product as the registers allow.
+constexpr int panels_at_once_of(int rows) { return rows <= 6 ? 4 : rows <= 8 ? 3 : 2; }
+
+// Weights that are needed next: at each step of K those at `from` are asked for, which then goes
+// `step` bytes on.
+struct Ahead {
+  const uint8_t* from;
+  int64_t step;
+
+  Ahead panel(int64_t bytes) const { return {from + bytes, step}; }
+  void fetch(int64_t bytes) const { __builtin_prefetch(from + bytes); }
+  void go_on() { from += step; }
+};
+
+// Where everything is in the caches already.
+struct Nothing {
+  Nothing panel(int64_t) const { return {}; }
+  void fetch(int64_t) const {}
+  void go_on() {}
+};
+
+// c [R][P · 16] += x · P panels; a step is 4 bytes of a row and 64 of each panel. Next is Ahead or
+// Nothing.
+template <int R, int P, class Op, class Next>
 inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int64_t pitch,
-                     int64_t steps, int32_t* c, int64_t c_stride) {
+                     int64_t steps, Next ahead, int32_t* c, int64_t c_stride) {
   using Sum = typename Op::Sum;
+  constexpr int kThrees = (R + 2) / 3;
   Sum sums[R][P];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -62,22 +89,32 @@ inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int6
       sums[r][p] = load_as<Sum>(c + r * c_stride + p * kPanel);
     }
   }
-  for (int64_t i = 0; i < steps; ++i, x += 4, w += 64) {
+  // A pointer for each three rows, whose addresses are then within what an instruction can add up.
+  const uint8_t* threes[kThrees];
+#pragma GCC unroll 4
+  for (int g = 0; g < kThrees; ++g) {
+    threes[g] = x + 3 * g * row_bytes;
+  }
+  for (const uint8_t* const end = w + 64 * steps; w != end; w += 64) {
     I weights[P];
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      if constexpr (R != kRowGroup) {
-        __builtin_prefetch(w + p * pitch + kAhead);
-      }
+      ahead.fetch(p * pitch);
       weights[p] = load_as<I>(w + p * pitch);
     }
+    ahead.go_on();
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const I value = splat_four(x + r * row_bytes);
+      const I value = splat_four(threes[r / 3] + r % 3 * row_bytes);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
         sums[r][p] = Op::dot(sums[r][p], value, weights[p]);
       }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kThrees; ++g) {
+      threes[g] += 4;
+      keep_apart(threes[g]);
     }
   }
 #pragma GCC unroll 16
@@ -89,24 +126,52 @@ inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int6
   }
 }
 
-template <class Op, int R = kFewRows>
+template <class Op, int R = kRowGroup, class Next>
 inline void dot_group(int64_t rows, const uint8_t* x, int64_t row_bytes, const uint8_t* w,
-                      int64_t pitch, int64_t panels, int64_t steps, int32_t* c, int64_t c_stride) {
+                      int64_t pitch, int64_t panels, int64_t steps, Next ahead, int32_t* c,
+                      int64_t c_stride) {
   if constexpr (R > 1) {
     if (rows < R) {
-      dot_group<Op, R - 1>(rows, x, row_bytes, w, pitch, panels, steps, c, c_stride);
+      dot_group<Op, R - 1>(rows, x, row_bytes, w, pitch, panels, steps, ahead, c, c_stride);
       return;
     }
   }
-  constexpr int P = R <= 6 ? 4 : R <= kRowGroup ? 2 : 1;
+  constexpr int P = panels_at_once_of(R);
   int64_t p = 0;
-  for (; p + P <= panels; p += P) {
-    dot_tile<R, P, Op>(x, row_bytes, w + p * pitch, pitch, steps, c + p * kPanel, c_stride);
+  const auto next = [&](auto count) {
+    constexpr int N = decltype(count)::value;
+    for (; p + N <= panels; p += N) {
+      dot_tile<R, N, Op>(x, row_bytes, w + p * pitch, pitch, steps, ahead.panel(p * pitch),
+                         c + p * kPanel, c_stride);
+    }
+  };
+  next(std::integral_constant<int, P>{});
+  if constexpr (P > 2) {
+    next(std::integral_constant<int, 2>{});
   }
-  for (; p < panels; ++p) {
-    dot_tile<R, 1, Op>(x, row_bytes, w + p * pitch, pitch, steps, c + p * kPanel, c_stride);
-  }
+  next(std::integral_constant<int, 1>{});
 }
+
+// The rows of a block in groups of about the same size. Each goes through the same few panels
+// before the next panels are begun, and meanwhile fetches its part of those: so memory and products
+// overlap.
+struct Groups {
+  int64_t rows;
+  int64_t count;
+
+  Groups(int64_t all, int64_t most) : rows(all), count((all + most - 1) / most) {}
+
+  int64_t begin(int64_t group) const { return rows * group / count; }
+  int64_t most() const { return (rows + count - 1) / count; }
+
+  // One group alone has what comes next in the panels it is in.
+  Ahead ahead(int64_t group, const uint8_t* now, const uint8_t* next, int64_t steps) const {
+    if (count == 1) {
+      return {now + kAhead, 64};
+    }
+    return {next + 64 * steps / count * group, 64 / count};
+  }
+};
 
 // c begins with what the sums begin with.
 template <class Op>
@@ -114,19 +179,21 @@ inline void dot_block(const BlockArgs& a) {
   const int64_t columns = a.panels * kPanel;
   const int64_t pitch = a.weight->panel_bytes;
   const int64_t all_steps = pitch / 64;
-  const bool few = a.rows <= kFewRows;
-  const int64_t inner = few ? all_steps : 256;  // 16 KB of a panel
-  const int64_t at_once = few ? a.panels : 2;
-  const int64_t group = few ? a.rows : kRowGroup;
+  const Groups groups(a.rows, kRowGroup);
+  const int64_t at_once = panels_at_once_of(static_cast<int>(groups.most()));
   const auto* x = static_cast<const uint8_t*>(a.x);
   auto* c = reinterpret_cast<int32_t*>(a.c);
-  for (int64_t i = 0; i < all_steps; i += inner) {
-    const int64_t steps = std::min(inner, all_steps - i);
-    for (int64_t p = 0; p < a.panels; p += at_once) {
-      for (int64_t r = 0; r < a.rows; r += group) {
-        dot_group<Op>(std::min(group, a.rows - r), x + r * a.row_bytes + 4 * i, a.row_bytes,
-                      a.weight->panel(a.panel + p) + 64 * i, pitch, std::min(at_once, a.panels - p),
-                      steps, c + r * columns + p * kPanel, columns);
+  for (int64_t p = 0; p < a.panels; p += at_once) {
+    const int64_t panels = std::min(at_once, a.panels - p);
+    for (int64_t i = 0; i < all_steps; i += kMostSteps) {
+      const int64_t steps = std::min(kMostSteps, all_steps - i);
+      const uint8_t* w = a.weight->panel(a.panel + p) + 64 * i;
+      const uint8_t* next = i + steps < all_steps ? w + 64 * steps : w + at_once * pitch - 64 * i;
+      for (int64_t g = 0; g < groups.count; ++g) {
+        const int64_t r = groups.begin(g);
+        dot_group<Op>(groups.begin(g + 1) - r, x + r * a.row_bytes + 4 * i, a.row_bytes, w, pitch,
+                      panels, steps, groups.ahead(g, w, next, steps), c + r * columns + p * kPanel,
+                      columns);
       }
     }
   }
@@ -151,63 +218,126 @@ inline void dot_int8_block(const BlockArgs& a) {
 
 // int4: the weights, 0..15, are the unsigned side. Each group is summed apart, from minus 8 times
 // the sum of x on, and multiplied once.
-template <int R>
-inline void dot_int4_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w,
+constexpr int kInt4Rows = 6;
+constexpr int int4_panels_at_once_of(int rows) { return rows <= 2 ? 1 : rows <= 3 ? 3 : 2; }
+
+// c [R][P · 16] = x · P panels, whose multipliers are `groups` · 16 bytes apart.
+template <int R, int P>
+inline void dot_int4_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int64_t pitch,
                           const uint8_t* factors, const int32_t* group_sum, int64_t groups,
-                          int64_t group, int32_t* c, int64_t c_stride) {
-  I totals[R] = {};
-  int64_t k = 0;
+                          int64_t group, Ahead ahead, int32_t* c, int64_t c_stride) {
+  constexpr int kThrees = (R + 2) / 3;
+  I totals[R][P] = {};
+  const uint8_t* threes[kThrees];
+#pragma GCC unroll 4
+  for (int i = 0; i < kThrees; ++i) {
+    threes[i] = x + 3 * i * row_bytes;
+  }
   for (int64_t g = 0; g < groups; ++g, factors += kPanel) {
-    I sums[R];
-#pragma GCC unroll 12
+    I sums[R][P];
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      sums[r] = splat(-8 * group_sum[r * groups + g]);
-    }
-    for (const int64_t end = k + group; k < end; k += 8, w += 64) {
-      const I both = load_as<I>(w);
-      const I low = both & 0x0F0F0F0F;
-      const I high = (both >> 4) & 0x0F0F0F0F;
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        sums[r] = dot_bytes(sums[r], low, splat_four(x + r * row_bytes + k));
-        sums[r] = dot_bytes(sums[r], high, splat_four(x + r * row_bytes + k + 4));
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        sums[r][p] = splat(-8 * group_sum[r * groups + g]);
       }
     }
-    const I factor = __builtin_convertvector(load_as<B>(factors), I);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      totals[r] += sums[r] * factor;
+    for (const uint8_t* const end = w + 8 * group; w != end; w += 64) {
+      I low[P];
+      I high[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        ahead.fetch(p * pitch);
+        const I both = load_as<I>(w + p * pitch);
+        low[p] = both & 0x0F0F0F0F;
+        high[p] = (both >> 4) & 0x0F0F0F0F;
+      }
+      ahead.go_on();
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* const eight = threes[r / 3] + r % 3 * row_bytes;
+        const I first = splat_four(eight);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          sums[r][p] = dot_bytes(sums[r][p], low[p], first);
+        }
+        const I second = splat_four(eight + 4);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          sums[r][p] = dot_bytes(sums[r][p], high[p], second);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kThrees; ++i) {
+        threes[i] += 8;
+        keep_apart(threes[i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      const I factor = __builtin_convertvector(load_as<B>(factors + p * groups * kPanel), I);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        totals[r][p] += sums[r][p] * factor;
+      }
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
-    store_as(c + r * c_stride, totals[r]);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      store_as(c + r * c_stride + p * kPanel, totals[r][p]);
+    }
   }
 }
 
-template <int R = kRowGroup>
-inline void dot_int4_group(int64_t rows, const uint8_t* x, int64_t row_bytes, const uint8_t* w,
-                           const uint8_t* factors, const int32_t* group_sum, int64_t groups,
-                           int64_t group, int32_t* c, int64_t c_stride) {
+// `panel` is the first of `panels`.
+template <int R = kInt4Rows>
+inline void dot_int4_group(const PackedWeight& weight, int64_t panel, int64_t panels, int64_t rows,
+                           const uint8_t* x, int64_t row_bytes, const int32_t* group_sum,
+                           Ahead ahead, int32_t* c, int64_t c_stride) {
   if constexpr (R > 1) {
     if (rows < R) {
-      dot_int4_group<R - 1>(rows, x, row_bytes, w, factors, group_sum, groups, group, c, c_stride);
+      dot_int4_group<R - 1>(weight, panel, panels, rows, x, row_bytes, group_sum, ahead, c,
+                            c_stride);
       return;
     }
   }
-  dot_int4_tile<R>(x, row_bytes, w, factors, group_sum, groups, group, c, c_stride);
+  constexpr int P = int4_panels_at_once_of(R);
+  const int64_t groups = weight.groups();
+  const int64_t pitch = weight.panel_bytes;
+  int64_t p = 0;
+  const auto next = [&](auto count) {
+    constexpr int N = decltype(count)::value;
+    for (; p + N <= panels; p += N) {
+      dot_int4_tile<R, N>(x, row_bytes, weight.panel(panel + p), pitch,
+                          weight.multiplier.data() + (panel + p) * groups * kPanel, group_sum,
+                          groups, weight.group, ahead.panel(p * pitch), c + p * kPanel, c_stride);
+    }
+  };
+  next(std::integral_constant<int, P>{});
+  if constexpr (P > 2) {
+    next(std::integral_constant<int, 2>{});
+  }
+  next(std::integral_constant<int, 1>{});
 }
 
 inline void dot_int4_block(const BlockArgs& a) {
+  const PackedWeight& weight = *a.weight;
   const int64_t columns = a.panels * kPanel;
-  const int64_t groups = a.weight->groups();
-  for (int64_t p = 0; p < a.panels; ++p) {
-    const int64_t panel = a.panel + p;
-    for (int64_t r = 0; r < a.rows; r += kRowGroup) {
-      dot_int4_group(std::min<int64_t>(kRowGroup, a.rows - r),
-                     static_cast<const uint8_t*>(a.x) + r * a.row_bytes, a.row_bytes,
-                     a.weight->panel(panel), a.weight->multiplier.data() + panel * groups * kPanel,
-                     a.group_sum + r * groups, groups, a.weight->group,
+  const int64_t pitch = weight.panel_bytes;
+  const int64_t steps = pitch / 64;
+  const Groups groups(a.rows, kInt4Rows);
+  const int64_t at_once = int4_panels_at_once_of(static_cast<int>(groups.most()));
+  const auto* x = static_cast<const uint8_t*>(a.x);
+  for (int64_t p = 0; p < a.panels; p += at_once) {
+    const int64_t panels = std::min(at_once, a.panels - p);
+    const uint8_t* w = weight.panel(a.panel + p);
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t r = groups.begin(g);
+      dot_int4_group(weight, a.panel + p, panels, groups.begin(g + 1) - r, x + r * a.row_bytes,
+                     a.row_bytes, a.group_sum + r * weight.groups(),
+                     groups.ahead(g, w, w + at_once * pitch, steps),
                      reinterpret_cast<int32_t*>(a.c) + r * columns + p * kPanel, columns);
     }
   }
