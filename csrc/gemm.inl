@@ -9,7 +9,19 @@ constexpr int kVectors = static_cast<int>(kPanel) / kLanes;  // of a panel
 constexpr int kRowGroup = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 2;
 constexpr int64_t kBlockRows = 48;  // a multiple of all of them
 constexpr int64_t kAhead = 1024;    // bytes: few rows wait for their weights from memory
-constexpr int64_t kInner = 512;     // steps of K whose weights (16 KB in bf16) stay in L1
+constexpr int64_t kInner = 512;     // steps of K whose weights stay near
+constexpr int64_t kWidened = 256;   // those that are widened at once: 16 KB, half of L1
+
+// The rows of a block in groups of about the same size, each of which goes through the same panels.
+struct RowGroups {
+  int64_t rows;
+  int64_t count;
+
+  RowGroups(int64_t all, int64_t most) : rows(all), count((all + most - 1) / most) {}
+
+  int64_t begin(int64_t group) const { return rows * group / count; }
+  int64_t most() const { return (rows + count - 1) / count; }
+};
 
 // One step along K for f32, two for bf16: `weights` are those of even, then of odd steps.
 template <class T>
@@ -39,8 +51,9 @@ struct Steps<uint16_t> {
 
 // c [R][P · 16] += x [R][k] · P panels, which are `pitch` bytes apart; a step of K is `step` bytes.
 template <int R, int P, class T>
-inline void float_tile(const float* x, int64_t x_stride, const uint8_t* w, int64_t pitch,
-                       int64_t step, int64_t k, float* c, int64_t c_stride) {
+__attribute__((noinline)) void float_tile(const float* x, int64_t x_stride, const uint8_t* w,
+                                          int64_t pitch, int64_t step, int64_t k, float* c,
+                                          int64_t c_stride) {
   F sums[R][P][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -120,27 +133,58 @@ inline void float_group(int64_t rows, const float* x, int64_t x_stride, const ui
   float_rows<R, T>(x, x_stride, w, pitch, step, panels, k, c, c_stride);
 }
 
+// Steps of a bfloat16 panel in float32.
+inline void widen_steps(const uint8_t* w, int64_t length, float* out) {
+  for (int64_t i = 0; i < length; i += 2, w += 4 * kPanel, out += 2 * kPanel) {
+    __builtin_prefetch(w + kAhead);
+    F weights[2][kVectors];
+    Steps<uint16_t>::load_panel(w, weights);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      store(out + v * kLanes, weights[0][v]);
+      store(out + kPanel + v * kLanes, weights[1][v]);
+    }
+  }
+}
+
+// Steps [k, k + length) of `panels` panels at w, `pitch` bytes apart, for all rows.
 template <class T>
-inline void float_block(const BlockArgs& a) {
+inline void float_panels(const BlockArgs& a, int64_t k, int64_t length, int64_t panel,
+                         int64_t panels, const uint8_t* w, int64_t pitch) {
   const int64_t stride = a.row_bytes / 4;
   const int64_t columns = a.panels * kPanel;
-  const auto* x = static_cast<const float*>(a.x);
-  std::memset(a.c, 0, static_cast<size_t>(a.rows * columns) * 4);
-  constexpr int64_t kStep = kPanel * static_cast<int64_t>(sizeof(T)) * Steps<T>::count;
-  // Few rows: all of K at once reads each panel from its beginning to its end.
-  const int64_t inner = a.rows <= kRowGroup ? a.weight->k_padded : kInner;
-  for (int64_t k = 0; k < a.weight->k_padded; k += inner) {
-    const int64_t length = std::min(inner, a.weight->k_padded - k);
-    const uint8_t* w = a.weight->panel(a.panel) + k / Steps<T>::count * kStep;
-    // A panel, or as many as few rows take at once, then all rows by it.
-    const int64_t step = a.rows < kRowGroup ? a.panels : 1;
-    for (int64_t p = 0; p < a.panels; p += step) {
-      for (int64_t r = 0; r < a.rows; r += kRowGroup) {
-        float_group<T>(std::min<int64_t>(kRowGroup, a.rows - r), x + r * stride + k, stride,
-                       w + p * a.weight->panel_bytes, a.weight->panel_bytes, kStep,
-                       std::min(step, a.panels - p), length, a.c + r * columns + p * kPanel,
-                       columns);
+  const RowGroups groups(a.rows, kRowGroup);
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const int64_t r = groups.begin(g);
+    float_group<T>(groups.begin(g + 1) - r, static_cast<const float*>(a.x) + r * stride + k, stride,
+                   w, pitch, kPanel * static_cast<int64_t>(sizeof(T)) * Steps<T>::count, panels,
+                   length, a.c + r * columns + panel * kPanel, columns);
+  }
+}
+
+template <class T>
+inline void float_block(const BlockArgs& a) {
+  std::memset(a.c, 0, static_cast<size_t>(a.rows * a.panels * kPanel) * 4);
+  const int64_t k_end = a.weight->k_padded;
+  const int64_t pitch = a.weight->panel_bytes;
+  if (a.rows <= kRowGroup) {
+    // All of K at once reads each panel from its beginning to its end.
+    float_panels<T>(a, 0, k_end, 0, a.panels, a.weight->panel(a.panel), pitch);
+    return;
+  }
+  // A part of a panel, then all rows by it. That of bfloat16 is widened once for all of them.
+  constexpr int64_t kSize = sizeof(T);
+  constexpr int64_t kLength = kSize == 2 ? kWidened : kInner;
+  alignas(64) float wide[kWidened * kPanel];
+  for (int64_t k = 0; k < k_end; k += kLength) {
+    const int64_t length = std::min(kLength, k_end - k);
+    for (int64_t p = 0; p < a.panels; ++p) {
+      const uint8_t* w = a.weight->panel(a.panel + p) + k * kPanel * kSize;
+      if constexpr (kSize == 2) {
+        widen_steps(w, length, wide);
+        w = reinterpret_cast<const uint8_t*>(wide);
       }
+      float_panels<float>(a, k, length, p, 1, w, 0);
     }
   }
 }

@@ -54,8 +54,8 @@ inline void widen_panel(const uint8_t* w, int64_t k, int16_t* out) {
 }
 
 template <int R>
-inline void wide_tile(const int16_t* x, int64_t x_stride, const int16_t* w, int64_t k, int32_t* c,
-                      int64_t c_stride) {
+__attribute__((noinline)) void wide_tile(const int16_t* x, int64_t x_stride, const int16_t* w,
+                                         int64_t k, int32_t* c, int64_t c_stride) {
   __m256i sums[R][2];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r) {
@@ -164,9 +164,10 @@ inline void int8_block(const BlockArgs& a) {
 // The multiplier of the group then comes with the widening to int32, in vpmaddwd. That weights are
 // stored with 8 added is taken back through the sums of x over each group.
 template <int R>
-inline void int4_tile(const int8_t* x, int64_t x_stride, const uint8_t* w, const uint8_t* factors,
-                      const int32_t* group_sum, int64_t groups, int64_t group, int32_t* c,
-                      int64_t c_stride) {
+__attribute__((noinline)) void int4_tile(const int8_t* x, int64_t x_stride, const uint8_t* w,
+                                         const uint8_t* factors, const int32_t* group_sum,
+                                         int64_t groups, int64_t group, int32_t* c,
+                                         int64_t c_stride) {
   const __m256i low = _mm256_set1_epi8(15);
   alignas(64) int32_t totals[R][16];
 #pragma GCC unroll 6

@@ -152,26 +152,16 @@ inline void dot_group(int64_t rows, const uint8_t* x, int64_t row_bytes, const u
   next(std::integral_constant<int, 1>{});
 }
 
-// The rows of a block in groups of about the same size. Each goes through the same few panels
-// before the next panels are begun, and meanwhile fetches its part of those: so memory and products
-// overlap.
-struct Groups {
-  int64_t rows;
-  int64_t count;
-
-  Groups(int64_t all, int64_t most) : rows(all), count((all + most - 1) / most) {}
-
-  int64_t begin(int64_t group) const { return rows * group / count; }
-  int64_t most() const { return (rows + count - 1) / count; }
-
-  // One group alone has what comes next in the panels it is in.
-  Ahead ahead(int64_t group, const uint8_t* now, const uint8_t* next, int64_t steps) const {
-    if (count == 1) {
-      return {now + kAhead, 64};
-    }
-    return {next + 64 * steps / count * group, 64 / count};
+// What a group of rows fetches while it goes through `steps` steps of the panels at `now`: its part
+// of those that all groups go through next, so that memory and products overlap. One group alone
+// has what comes next in the panels it is in.
+inline Ahead ahead_of(const RowGroups& groups, int64_t group, const uint8_t* now,
+                      const uint8_t* next, int64_t steps) {
+  if (groups.count == 1) {
+    return {now + kAhead, 64};
   }
-};
+  return {next + 64 * steps / groups.count * group, 64 / groups.count};
+}
 
 // c begins with what the sums begin with.
 template <class Op>
@@ -179,7 +169,7 @@ inline void dot_block(const BlockArgs& a) {
   const int64_t columns = a.panels * kPanel;
   const int64_t pitch = a.weight->panel_bytes;
   const int64_t all_steps = pitch / 64;
-  const Groups groups(a.rows, kRowGroup);
+  const RowGroups groups(a.rows, kRowGroup);
   const int64_t at_once = panels_at_once_of(static_cast<int>(groups.most()));
   const auto* x = static_cast<const uint8_t*>(a.x);
   auto* c = reinterpret_cast<int32_t*>(a.c);
@@ -192,8 +182,8 @@ inline void dot_block(const BlockArgs& a) {
       for (int64_t g = 0; g < groups.count; ++g) {
         const int64_t r = groups.begin(g);
         dot_group<Op>(groups.begin(g + 1) - r, x + r * a.row_bytes + 4 * i, a.row_bytes, w, pitch,
-                      panels, steps, groups.ahead(g, w, next, steps), c + r * columns + p * kPanel,
-                      columns);
+                      panels, steps, ahead_of(groups, g, w, next, steps),
+                      c + r * columns + p * kPanel, columns);
       }
     }
   }
@@ -327,7 +317,7 @@ inline void dot_int4_block(const BlockArgs& a) {
   const int64_t columns = a.panels * kPanel;
   const int64_t pitch = weight.panel_bytes;
   const int64_t steps = pitch / 64;
-  const Groups groups(a.rows, kInt4Rows);
+  const RowGroups groups(a.rows, kInt4Rows);
   const int64_t at_once = int4_panels_at_once_of(static_cast<int>(groups.most()));
   const auto* x = static_cast<const uint8_t*>(a.x);
   for (int64_t p = 0; p < a.panels; p += at_once) {
@@ -337,7 +327,7 @@ inline void dot_int4_block(const BlockArgs& a) {
       const int64_t r = groups.begin(g);
       dot_int4_group(weight, a.panel + p, panels, groups.begin(g + 1) - r, x + r * a.row_bytes,
                      a.row_bytes, a.group_sum + r * weight.groups(),
-                     groups.ahead(g, w, w + at_once * pitch, steps),
+                     ahead_of(groups, g, w, w + at_once * pitch, steps),
                      reinterpret_cast<int32_t*>(a.c) + r * columns + p * kPanel, columns);
     }
   }
