@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kTaskRows = 48;
 constexpr int64_t kMostHeadDim = 256;
-// Keys and bfloat16 queries are padded for the products that take the most at once.
+// Keys are padded for the products that take the most at once.
 constexpr int64_t kStep = 32;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -51,7 +51,7 @@ class Attention {
         operand_(kernels.attention_dtype(q.dtype)),
         size_(dtype_size(operand_)),
         dim_(q.shape[2]),
-        q_width_(operand_ == DType::bf16 ? round_up(dim_, kStep) : dim_),
+        q_width_(operand_ == DType::bf16 ? round_up(dim_, kernels.attention_step) : dim_),
         width_(round_up(dim_, kPanel)),
         key_heads_(k.shape[1]),
         shared_(q.shape[1] / k.shape[1]) {}

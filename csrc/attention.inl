@@ -77,18 +77,21 @@ inline void attend_with(const AttentionArgs& a, const KeyBlock& block, const int
     }
     const int64_t keys = (seen + Form::kKeys - 1) / Form::kKeys * Form::kKeys;
     Form::score(a, block, row, rows, keys, scores);
+    // The maxima of all rows first: each takes a while to come out of its vector.
+    float now[kRows];
     for (int64_t r = 0; r < rows; ++r) {
-      float* own = scores + r * kKeyBlock;
+      now[r] = largest_score(scores + r * kKeyBlock, visible[row + r], keys, a.most[row + r]);
+      if (now[r] > a.most[row + r]) {
+        rescale(a, row + r, now[r]);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
       typename Form::Weight* made = weights + r * kKeyBlock;
-      const float now = largest_score(own, visible[row + r], keys, a.most[row + r]);
-      if (now == -std::numeric_limits<float>::infinity()) {
+      if (now[r] == -std::numeric_limits<float>::infinity()) {
         std::memset(made, 0, static_cast<size_t>(keys) * sizeof *made);
         continue;
       }
-      if (now > a.most[row + r]) {
-        rescale(a, row + r, now);
-      }
-      a.sum[row + r] += Form::weigh(own, keys, a.scale, now, made);
+      a.sum[row + r] += Form::weigh(scores + r * kKeyBlock, keys, a.scale, now[r], made);
     }
     // Products may take 16 rows at a time.
     for (int64_t r = rows; r < std::min(kRows, (rows + 15) / 16 * 16); ++r) {

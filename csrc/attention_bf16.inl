@@ -3,7 +3,8 @@
 //
 //   kRows             rows that it takes at once
 //   multiply(x, row_bytes, rows, panels_at, pitch, panels, steps, c, c_stride)
-//                     c += rows of bf16 times panels of `steps` · 64 bytes, `pitch` bytes apart
+//                     c += rows of bf16 times panels of `steps` · 64 bytes, `pitch` bytes apart;
+//                     or c = with multiply<true>
 
 // 2^x for x of at most 0, relative error 3e-6, and 0 far below; NaN stays NaN. A weight is rounded
 // to 8 bits next, so five coefficients do.
@@ -35,12 +36,9 @@ struct HalfAttention {
                     int64_t keys, float* scores) {
     const int64_t steps = a.q_width / 2;
     const auto* q = static_cast<const uint16_t*>(a.q) + row * a.q_width;
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memset(scores + r * kKeyBlock, 0, static_cast<size_t>(keys) * 4);
-    }
-    Products::multiply(reinterpret_cast<const uint8_t*>(q), 2 * a.q_width, rows,
-                       static_cast<const uint8_t*>(block.keys), steps * 64, keys / kPanel, steps,
-                       scores, kKeyBlock);
+    Products::template multiply<true>(reinterpret_cast<const uint8_t*>(q), 2 * a.q_width, rows,
+                                      static_cast<const uint8_t*>(block.keys), steps * 64,
+                                      keys / kPanel, steps, scores, kKeyBlock);
   }
 
   static float weigh(float* scores, int64_t keys, float scale, float most, uint16_t* weights) {
@@ -56,9 +54,10 @@ struct HalfAttention {
 
   static void add_values(const AttentionArgs& a, const KeyBlock& block, int64_t row, int64_t rows,
                          int64_t keys, const uint16_t* weights) {
-    Products::multiply(reinterpret_cast<const uint8_t*>(weights), 2 * kKeyBlock, rows,
-                       static_cast<const uint8_t*>(block.values), block.count / 2 * 64,
-                       a.width / kPanel, keys / 2, a.accumulated + row * a.width, a.width);
+    Products::template multiply<false>(reinterpret_cast<const uint8_t*>(weights), 2 * kKeyBlock,
+                                       rows, static_cast<const uint8_t*>(block.values),
+                                       block.count / 2 * 64, a.width / kPanel, keys / 2,
+                                       a.accumulated + row * a.width, a.width);
   }
 
  private:

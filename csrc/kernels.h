@@ -39,7 +39,7 @@ struct BlockArgs {
 struct AttentionArgs {
   DType operand = DType::f32;  // float32 or bfloat16: of queries, keys and values
   const void* q = nullptr;     // [rows][q_width], zeros behind in rows up to a multiple of 16
-  int64_t q_width = 0;         // head_dim, in bfloat16 with zeros up to a multiple of 32
+  int64_t q_width = 0;         // head_dim, in bfloat16 with zeros up to `attention_step`
   int64_t rows = 0;
   float scale = 0.0F;            // above zero, by log2(e)
   float* accumulated = nullptr;  // [rows][width]
@@ -83,6 +83,8 @@ struct Kernels {
   void (*rope_head)(const float* x, const float* cos, const float* sin, int64_t half, float* out);
   // What `attend` wants its operands in, for q, k and v of this dtype.
   DType (*attention_dtype)(DType given);
+  // In bfloat16 heads are padded with zeros to a multiple of it.
+  int64_t attention_step;
   // Row i sees the first `visible[i]` keys of the block.
   void (*attend)(const AttentionArgs& args, const KeyBlock& block, const int64_t* visible);
   // accumulated / sum.

@@ -209,8 +209,12 @@ void block(const BlockArgs& args) {
 
 struct TileProducts {
   static constexpr int64_t kRows = 2 * kTileRows;
+  template <bool kAnew>
   static void multiply(const uint8_t* x, int64_t row_bytes, int64_t rows, const uint8_t* panels,
                        int64_t pitch, int64_t count, int64_t steps, float* c, int64_t c_stride) {
+    for (int64_t r = 0; kAnew && r < rows; ++r) {
+      std::memset(c + r * c_stride, 0, static_cast<size_t>(count * kPanel) * 4);
+    }
     for (int64_t p = 0; p < count; p += 2) {
       const uint8_t* w = panels + p * pitch;
       tile_panels<true>(rows, x, row_bytes, w, p + 1 < count ? w + pitch : nullptr,
@@ -240,6 +244,7 @@ const Kernels& amx_kernels() {
     made.block_rows = 4 * amx::kTileRows;  // tile_32x32 twice
     made.block = amx::block;
     made.attention_dtype = amx::attention_dtype;
+    made.attention_step = 2 * amx::kTileRows;
     made.attend = amx::attend;
     return made;
   }();

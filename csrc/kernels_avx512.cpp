@@ -72,10 +72,11 @@ void block(const BlockArgs& args) {
 
 struct DotProducts {
   static constexpr int64_t kRows = kRowGroup;
+  template <bool kAnew>
   static void multiply(const uint8_t* x, int64_t row_bytes, int64_t rows, const uint8_t* panels,
                        int64_t pitch, int64_t count, int64_t steps, float* c, int64_t c_stride) {
-    dot_group<DotBf16>(rows, x, row_bytes, panels, pitch, count, steps, Nothing{},
-                       reinterpret_cast<int32_t*>(c), c_stride);
+    dot_group<DotBf16, kAnew>(rows, x, row_bytes, panels, pitch, count, steps, Nothing{},
+                              reinterpret_cast<int32_t*>(c), c_stride);
   }
 };
 
@@ -95,10 +96,10 @@ void attend(const AttentionArgs& args, const KeyBlock& block, const int64_t* vis
 
 const Kernels& avx512_kernels() {
   using namespace avx512;
-  static const Kernels table{x_bytes,         prepare_row,  kBlockRows,        block,
-                             finish,          quantise_row, quantise_int4_row, widen,
-                             narrow,          rms_norm_row, layer_norm_row,    rope_head,
-                             attention_dtype, attend,       attend_end};
+  static const Kernels table{
+      x_bytes,           prepare_row, kBlockRows, block,        finish,         quantise_row,
+      quantise_int4_row, widen,       narrow,     rms_norm_row, layer_norm_row, rope_head,
+      attention_dtype,   2,           attend,     attend_end};
   return table;
 }
 

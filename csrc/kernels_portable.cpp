@@ -43,10 +43,10 @@ void block(const BlockArgs& args) {
 
 const Kernels& portable_kernels() {
   using namespace portable;
-  static const Kernels table{x_bytes,         prepare_row,  kBlockRows,        block,
-                             finish,          quantise_row, quantise_int4_row, widen,
-                             narrow,          rms_norm_row, layer_norm_row,    rope_head,
-                             float_attention, attend_float, attend_end};
+  static const Kernels table{
+      x_bytes,           prepare_row, kBlockRows,   block,        finish,         quantise_row,
+      quantise_int4_row, widen,       narrow,       rms_norm_row, layer_norm_row, rope_head,
+      float_attention,   1,           attend_float, attend_end};
   return table;
 }
 

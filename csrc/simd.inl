@@ -56,25 +56,30 @@ inline void store_part(float* p, F v, int64_t n) {
   std::memcpy(p, lanes, static_cast<size_t>(n) * 4);
 }
 
-inline float sum_of(F v) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) {
-      lanes[i] += lanes[i + width];
-    }
+// The upper half of the first 2 · `width` lanes in place of the lower.
+template <int width>
+inline F upper_half(F v) {
+  I from;
+  for (int i = 0; i < kLanes; ++i) {
+    from[i] = i < width ? i + width : i;
   }
-  return lanes[0];
+  return __builtin_shuffle(v, from);
 }
-inline float most_of(F v) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) {
-      lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-    }
+template <int width = kLanes / 2>
+inline float sum_of(F v) {
+  const F halved = v + upper_half<width>(v);
+  if constexpr (width > 1) {
+    return sum_of<width / 2>(halved);
   }
-  return lanes[0];
+  return halved[0];
+}
+template <int width = kLanes / 2>
+inline float most_of(F v) {
+  const F halved = max(v, upper_half<width>(v));
+  if constexpr (width > 1) {
+    return most_of<width / 2>(halved);
+  }
+  return halved[0];
 }
 
 // 1.5 · 2^23: added to a float of at most 2^22, it leaves the nearest integer in the low bits.

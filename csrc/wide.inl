@@ -74,9 +74,9 @@ struct Nothing {
   void go_on() {}
 };
 
-// c [R][P · 16] += x · P panels; a step is 4 bytes of a row and 64 of each panel. Next is Ahead or
-// Nothing.
-template <int R, int P, class Op, class Next>
+// c [R][P · 16] += x · P panels, or = if kAnew; a step is 4 bytes of a row and 64 of each panel.
+// Next is Ahead or Nothing.
+template <int R, int P, class Op, bool kAnew, class Next>
 inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int64_t pitch,
                      int64_t steps, Next ahead, int32_t* c, int64_t c_stride) {
   using Sum = typename Op::Sum;
@@ -86,7 +86,7 @@ inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int6
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      sums[r][p] = load_as<Sum>(c + r * c_stride + p * kPanel);
+      sums[r][p] = kAnew ? Sum{} : load_as<Sum>(c + r * c_stride + p * kPanel);
     }
   }
   // A pointer for each three rows, whose addresses are then within what an instruction can add up.
@@ -126,13 +126,13 @@ inline void dot_tile(const uint8_t* x, int64_t row_bytes, const uint8_t* w, int6
   }
 }
 
-template <class Op, int R = kRowGroup, class Next>
+template <class Op, bool kAnew = false, int R = kRowGroup, class Next>
 inline void dot_group(int64_t rows, const uint8_t* x, int64_t row_bytes, const uint8_t* w,
                       int64_t pitch, int64_t panels, int64_t steps, Next ahead, int32_t* c,
                       int64_t c_stride) {
   if constexpr (R > 1) {
     if (rows < R) {
-      dot_group<Op, R - 1>(rows, x, row_bytes, w, pitch, panels, steps, ahead, c, c_stride);
+      dot_group<Op, kAnew, R - 1>(rows, x, row_bytes, w, pitch, panels, steps, ahead, c, c_stride);
       return;
     }
   }
@@ -141,8 +141,8 @@ inline void dot_group(int64_t rows, const uint8_t* x, int64_t row_bytes, const u
   const auto next = [&](auto count) {
     constexpr int N = decltype(count)::value;
     for (; p + N <= panels; p += N) {
-      dot_tile<R, N, Op>(x, row_bytes, w + p * pitch, pitch, steps, ahead.panel(p * pitch),
-                         c + p * kPanel, c_stride);
+      dot_tile<R, N, Op, kAnew>(x, row_bytes, w + p * pitch, pitch, steps, ahead.panel(p * pitch),
+                                c + p * kPanel, c_stride);
     }
   };
   next(std::integral_constant<int, P>{});
