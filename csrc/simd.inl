@@ -59,7 +59,7 @@ inline void store_part(float* p, F v, int64_t n) {
 // The upper half of the first 2 · `width` lanes in place of the lower.
 template <int width>
 inline F upper_half(F v) {
-  I from;
+  I from{};
   for (int i = 0; i < kLanes; ++i) {
     from[i] = i < width ? i + width : i;
   }
