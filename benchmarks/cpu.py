@@ -8,7 +8,7 @@ medians of a case and of its ratios are kept, because machines are shared and th
 Our time is that of the whole call, preprocessing included; the peer is handed our ids and pixels,
 so its time is the forward pass alone. Each row carries the distance between the two unit vectors
 beside its speed. Held to a lesser instruction set, both are: QVLFAST_ISA=avx2 goes with
-ONEDNN_MAX_CPU_ISA=AVX2 and ATEN_CPU_CAPABILITY=avx2.
+ONEDNN_MAX_CPU_ISA=AVX2, ATEN_CPU_CAPABILITY=avx2 and MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
 from __future__ import annotations

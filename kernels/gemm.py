@@ -232,7 +232,9 @@ def _product(
     described = config.descriptors and _describable(x) and _describable(weight)
     out = new((m, n), dtype=dtype, device=x.device) if out is None else out
     total = torch.int32 if kind == "int8" else torch.float32
-    part = out if config.split == 1 else new((config.split, m, n), dtype=total, device=x.device)
+    part = out
+    if config.split > 1:
+        part = torch.empty((config.split, m, n), dtype=total, device=x.device)
     constants = {"ACTIVATION": activation, "DTYPE": TRITON_DTYPES[dtype], "SPLIT": config.split}
     launch(
         op,

@@ -302,7 +302,7 @@ def linear_int4(
     out = new((m, n), dtype=dtype, device=x.device) if out is None else out
     parts = out
     if config.split > 1:
-        parts = new((config.split, m, n), dtype=torch.int32, device=x.device)
+        parts = torch.empty((config.split, m, n), dtype=torch.int32, device=x.device)
     launch(
         op,
         gemm_int4_kernel,

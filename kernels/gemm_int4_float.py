@@ -219,7 +219,7 @@ def linear_int4_float(
     out = new((m, n), dtype=x.dtype, device=x.device) if out is None else out
     parts = out
     if config.split > 1:
-        parts = new((config.split, m, n), dtype=torch.float32, device=x.device)
+        parts = torch.empty((config.split, m, n), dtype=torch.float32, device=x.device)
     launch(
         op,
         gemm_int4_float_kernel,
