@@ -100,7 +100,7 @@ def close(
     ("m", "n", "k"),
     [
         *((1, 16, 64), (1, 70, 33), (2, 257, 100), (3, 40, 7), (5, 33, 1), (7, 300, 640)),
-        *((17, 129, 520), (50, 48, 1100), (101, 15, 96), (0, 16, 32)),
+        *((17, 129, 520), (50, 48, 1100), (101, 15, 96), (0, 16, 32), (13, 60, 6400)),
     ],
 )
 def test_float_products(
@@ -169,7 +169,7 @@ def widened(values: Tensor, factors: Tensor, group: int) -> Tensor:
     ("m", "n", "k"),
     [
         *((1, 16, 64), (1, 70, 36), (2, 257, 100), (3, 40, 8), (7, 300, 640), (50, 48, 1100)),
-        (101, 15, 96),
+        *((101, 15, 96), (13, 60, 12500)),
     ],
 )
 def test_int8_sums_are_exact(isa: str, m: int, n: int, k: int, rng: np.random.Generator) -> None:
@@ -244,7 +244,7 @@ def test_rows_do_not_depend_on_each_other(isa: str, form: str, rng: np.random.Ge
     together = gemm(x, None, packed, isa=isa)
     threads = _C.num_threads()
     try:
-        for count in (1, 2, 3, 5, 13, 48):
+        for count in (1, 2, 3, 4, 5, 7, 8, 9, 13, 24, 48):
             _C.set_num_threads(1 + count % 3)
             part = gemm(x[:count], None, packed, isa=isa)
             assert torch.equal(part, together[:count]), count
