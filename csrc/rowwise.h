@@ -40,8 +40,8 @@ void score(const TensorView& x, const TensorView& read, const TensorView& weight
 void layer_norm(const TensorView& x, const TensorView& weight, const TensorView& bias, float eps,
                 const TensorView& out, Isa isa);
 
-// Each head's halves are rotated; x, out [T, H, D], whose tokens and heads may be apart, cos and sin
-// float32 [T, D / 2]. With `weight` [D], RMSNorm of each head comes first. `out` may be `x`.
+// Each head's halves are rotated; x, out [T, H, D], whose tokens and heads may be apart, cos and
+// sin float32 [T, D / 2]. With `weight` [D], RMSNorm of each head comes first. `out` may be `x`.
 void rope(const TensorView& x, const TensorView& cos, const TensorView& sin, const TensorView& out,
           Isa isa);
 void norm_rope(const TensorView& x, const TensorView& weight, const TensorView& cos,
