@@ -26,11 +26,12 @@ from qvlfast.checkpoint import Checkpoint
 from qvlfast.config import ModelConfig, PixelConfig, load_config
 from qvlfast.dispatch import choose_ops
 from qvlfast.graphs import BUCKETS, graphs_for
-from qvlfast.memory import Setup, peak_activations, stand_in_prompt
+from qvlfast.memory import peak_activations
 from qvlfast.model import Model
 from qvlfast.pixels import Patches
 from qvlfast.prompt import Prompt
 from qvlfast.quant import Quantization
+from qvlfast.stand_in import Setup, stand_in_prompt
 from qvlfast.weights import load_weights
 
 if TYPE_CHECKING:

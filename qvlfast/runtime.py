@@ -26,7 +26,7 @@ from .errors import BackendError, QueueFull
 from .graphs import graphs_for
 from .inputs import Item
 from .media import MediaPolicy
-from .memory import ArenaPlan, Setup
+from .memory import ArenaPlan
 from .model import Model
 from .pixels import Patches, PixelLimits
 from .prompt import Prompt, Prompter
@@ -35,6 +35,7 @@ from .quant.stored import find_stored
 from .request import DEFAULT_TERMS, Answer, Pending, Terms, Usage
 from .runner import Runner, Sharing
 from .scheduler import Budget
+from .stand_in import Setup
 from .video import item_patches
 from .weights import load_weights, own_shapes, stored_dtype
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from .batch import Batch, Cut, pack
 from .config import ModelConfig
 from .errors import BackendError
-from .memory import META, Setup, shortened, stand_in_prompt, stand_in_weights
 from .model import Model
 from .ops import Linear, RowFormat, Weight
 from .prompt import Prompt
+from .stand_in import META, Setup, shortened, stand_in_prompt, stand_in_weights
 
 # Tokens of a prompt on both sides of where the blocks of products (16, 64) and of attention (its
 # tokens times the heads of a group: 16 to 128) change; the last has full blocks and long walks.

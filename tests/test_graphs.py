@@ -17,9 +17,9 @@ from qvlfast.config import load_config, load_pixel_config
 from qvlfast.dispatch import choose_ops
 from qvlfast.flash import Call, choose_attention, describe, flash_first
 from qvlfast.graphs import BUCKETS, Bucket, Forward, Graphs, choose_bucket, fit, graphs_for, pad
-from qvlfast.memory import stand_in_prompt
 from qvlfast.model import Model
 from qvlfast.ops import Forest, Ops
+from qvlfast.stand_in import stand_in_prompt
 from qvlfast.weights import load_weights
 
 CPU = torch.device("cpu")

@@ -21,7 +21,6 @@ from qvlfast.config import ModelConfig, load_config, load_pixel_config
 from qvlfast.dispatch import choose_ops
 from qvlfast.memory import (
     ArenaPlan,
-    Setup,
     _prompts,
     _scratch,
     keys_values_bytes,
@@ -33,6 +32,7 @@ from qvlfast.memory import (
 )
 from qvlfast.model import Model
 from qvlfast.quant import quantise
+from qvlfast.stand_in import Setup
 from qvlfast.weights import expected_shapes, load_weights
 
 CPU = torch.device("cpu")

@@ -65,7 +65,7 @@ import numpy as np, torch
 from pathlib import Path
 from qvlfast.batch import Cut, pack
 from qvlfast.config import load_config
-from qvlfast.memory import META, Setup, shortened, stand_in_prompt, stand_in_weights
+from qvlfast.stand_in import META, Setup, shortened, stand_in_prompt, stand_in_weights
 from qvlfast.model import Model
 from qvlfast.backends.triton import TritonOps
 from qvlfast.kernels.ahead import compiling_for
@@ -111,7 +111,7 @@ def test_nothing_is_left_to_compile(tiny_checkpoint: Path, tmp_path: Path) -> No
 
 def test_an_operand_that_is_refused_is_named(tiny_checkpoint: Path) -> None:
     from qvlfast.errors import BackendError
-    from qvlfast.memory import Setup
+    from qvlfast.stand_in import Setup
 
     with pytest.raises(BackendError, match="backend 'triton' refuses compiling"):
         compile_model(load_config(tiny_checkpoint), Setup(torch.bfloat16, "triton"), "sm_90")

@@ -15,9 +15,10 @@ from ..checkpoint import Checkpoint
 from ..config import ModelConfig
 from ..dispatch import choose_ops
 from ..errors import BackendError
-from ..memory import Setup, largest_batch, peak_activations, weight_bytes
+from ..memory import largest_batch, peak_activations, weight_bytes
 from ..quant import Quantization
 from ..quant.stored import find_stored
+from ..stand_in import Setup
 from ..weights import own_shapes
 
 # Python, torch and the tokenizer were measured at 0.45 GiB on a CPU; pixels that wait for the
