@@ -50,6 +50,7 @@ struct Steps<uint16_t> {
 };
 
 // c [R][P · 16] += x [R][k] · P panels, which are `pitch` bytes apart; a step of K is `step` bytes.
+// Out of line, as the tiles of AVX2 are: in one large function GCC 12 keeps sums on the stack.
 template <int R, int P, class T>
 __attribute__((noinline)) void float_tile(const float* x, int64_t x_stride, const uint8_t* w,
                                           int64_t pitch, int64_t step, int64_t k, float* c,
