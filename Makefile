@@ -17,7 +17,7 @@ MAKEFLAGS += --no-print-directory
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
-sources := $(wildcard csrc/*.cpp csrc/*.h)
+sources := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl)
 cpp := $(sources) $(wildcard tests/native/*.cpp)
 stamp := $(VENV)/.stamp
 

@@ -29,11 +29,12 @@ from PIL import Image
 
 from benchmarks.checkpoints import write_checkpoint
 from qvlfast import _C, Embedder, Reranker
+from qvlfast.cost import Budget, Cost, Rates
 from qvlfast.engine import Engine
 from qvlfast.model import Model
 from qvlfast.runner import Runner, Sharing
 from qvlfast.runtime import Runtime
-from qvlfast.scheduler import Budget, Cost, Rates, Scheduler
+from qvlfast.scheduler import Scheduler
 
 from .pairwise import Recipe
 from .records import RESULTS, append, commit, machine
@@ -75,7 +76,7 @@ class Pair:
 
     def forget(self) -> None:
         for one in (self.embedder, self.reranker):
-            one._runtime.engine._runner.forget()
+            one._runtime.served.runner.forget()
 
     def computed(self) -> int:
         return sum(m.metrics().tokens_computed for m in (self.embedder, self.reranker))
@@ -84,14 +85,15 @@ class Pair:
 def pair(loaded: Reranker, sharing: Sharing, stack: ExitStack) -> Pair:
     """The loaded model once more, without its weights being there twice."""
     runtime = loaded._runtime
-    scorer = runtime.engine.model
+    scorer = runtime.model
     pooler = Model(scorer.config, replace(scorer.weights, answer_rows=None), scorer.ops)
+    engine = Engine()
 
     def around(model: Model) -> Runtime:
         runner = Runner(model, torch.device("cpu"), sharing)
-        engine = Engine(runner, Budget(work=2.0 * Budget().tokens))
-        stack.callback(engine.close)
-        return Runtime(runtime.config, runtime.prompter, engine, runtime.options)
+        served = engine.serve(runner, Budget(work=2.0 * Budget().tokens))
+        stack.callback(engine.close, served)
+        return Runtime(runtime.config, runtime.prompter, engine, served, runtime.options)
 
     return Pair(Embedder(around(pooler)), Reranker(around(scorer)))
 
@@ -200,13 +202,14 @@ def queue() -> Iterator[tuple[str, str, float, float]]:
     1,000,000 waiting. No engine, no model."""
     found = []
     for waiting in (10_000, 1_000_000):
-        scheduler: Scheduler[int] = Scheduler(Budget(), Rates(1e-4, 0.2, 3e-5))
+        scheduler: Scheduler[int] = Scheduler()
+        lane = scheduler.add_lane(Budget(), Rates(1e-4, 0.2, 3e-5))
         ladder = (8, 12, 18, 27, 40, 60)
         costs = [Cost(60 + i, (), tuple((hash((i, n)), n) for n in ladder)) for i in range(50)]
         start = time.perf_counter()
         for i in range(waiting):
-            scheduler.admit()
-            scheduler.push(i, costs[i % 50], 0.0, level=i % 3, client=i % 20, deadline=1e9)
+            lane.admit()
+            scheduler.push(lane, i, costs[i % 50], 0.0, level=i % 3, client=i % 20, deadline=1e9)
         while (batch := scheduler.pop(1.0)) is not None:
             scheduler.finished(batch, 1.0, 0.1)
         found.append(1e6 * (time.perf_counter() - start) / waiting)

@@ -160,7 +160,7 @@ class Embedder:
     @property
     def backend(self) -> str:
         """Name of the backend that runs the model."""
-        return self._runtime.engine.model.ops.name
+        return self._runtime.model.ops.name
 
     def encode(
         self,
@@ -328,11 +328,11 @@ class Embedder:
 
     def metrics(self) -> Metrics:
         """What waits, what was computed and saved, where the time went."""
-        return self._runtime.engine.metrics()
+        return self._runtime.metrics()
 
     def close(self) -> None:
         """Finish what was accepted and stop the threads. Calling it again does nothing."""
-        self._runtime.engine.close()
+        self._runtime.close()
 
     def __enter__(self) -> Embedder:
         return self

@@ -1,8 +1,8 @@
-"""The one way to the model: requests in, futures out.
+"""The one way to the models of a device: requests in, futures out.
 
-Host threads decode pictures and tokenise, ahead of the model; prompts then wait in the scheduler;
+Host threads decode pictures and tokenise, ahead of the models; prompts then wait in the scheduler;
 one thread takes batches from it and runs them piece by piece. Between two pieces it looks for
-something more urgent, and runs that first.
+something more urgent, of whichever model, and runs that first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError, InvalidStateError
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,17 +24,18 @@ import torch
 from numpy.typing import NDArray
 
 from . import _C
+from .cost import Budget
 from .errors import BackendError, DeadlineError, InputError, QueueFull
 from .host import HostPool
+from .lane import Planned
 from .metrics import Metrics
-from .model import Model
 from .prompt import Prompt
-from .request import DEFAULT_TERMS, Answer, Job, Pending, Terms, Usage
+from .request import DEFAULT_TERMS, Answer, Pending, Terms, Usage
 from .runner import Ready, Runner
-from .scheduler import LEVELS, Budget, Planned, Scheduler
-from .turns import turns_of
+from .scheduler import LEVELS, Scheduler
+from .served import Job, Served
 
-# Prepared pixels that may wait for the model; beyond it the host threads pause. One patch of a
+# Prepared pixels that may wait for the models; beyond it the host threads pause. One patch of a
 # still is 768 bytes, so this is about 200 MB.
 _MAX_WAITING_PATCHES = 1 << 18
 # A request of so much work lets others of its level pass that are this much smaller.
@@ -51,132 +53,146 @@ class _NotWantedError(Exception):
 
 
 class Engine:
-    """Runs requests through a model. Thread-safe; its threads start at the first request.
+    """Runs requests through the models of one device. Thread-safe.
 
-    Engines of one device take turns, a piece of a batch at a time.
+    Its threads start at the first request, and end when the last of its models was closed.
 
     Args:
-        runner: the model, and what runs batches through it.
-        budget: the most one batch may hold.
-        queue_work: waiting work, in tokens, from which on requests are refused.
         ageing: seconds by which a level of priority stands back behind the next.
         host_threads: threads that prepare requests; None means one for each usable core.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        budget: Budget,
-        *,
-        queue_work: float = math.inf,
-        ageing: float = 5.0,
-        host_threads: int | None = None,
-    ) -> None:
-        self._runner = runner
-        self._budget = budget
-        self._queue_work = queue_work
+    def __init__(self, *, ageing: float = 5.0, host_threads: int | None = None) -> None:
         self._ageing = ageing
         self._host_threads = host_threads or _C.num_threads()
-        self._closed = False
+        self._models: set[Served] = set()  # that accept requests, or have some that are open
         self._reset()
-        _after_fork(self)
         _ENGINES.add(self)
 
     def _reset(self) -> None:
         self._lock = threading.RLock()
-        self._wake = threading.Condition(self._lock)
-        self._scheduler = self._new_scheduler()
-        self._open: set[Job] = set()
+        self._changed = threading.Condition(self._lock)
+        self._scheduler: Scheduler[Job] = Scheduler(ageing=self._ageing)
         self._host: HostPool[Job] | None = None
         self._thread: threading.Thread | None = None
         self._seconds = 0.0  # that batches took which ran between pieces of another
-        self._turns = turns_of(str(self._runner.device))
 
-    @property
-    def model(self) -> Model:
-        """The network."""
-        return self._runner.model
+    def serve(self, runner: Runner, budget: Budget, *, queue_work: float = math.inf) -> Served:
+        """One more model, until :meth:`stop`.
 
-    def _new_scheduler(self) -> Scheduler[Job]:
-        rates = self._runner.rates
-        return Scheduler(self._budget, rates, ageing=self._ageing, queue_work=self._queue_work)
+        Args:
+            runner: the model, and what runs batches through it.
+            budget: the most one batch may hold.
+            queue_work: waiting work, in tokens, from which on requests are refused.
+        """
+        with self._lock:
+            served = Served(runner, budget, queue_work)
+            self._models.add(served)
+            self._give_lane(served)
+        return served
 
-    def submit(self, prepare: Callable[[], Prompt], terms: Terms = DEFAULT_TERMS) -> Pending:
+    def _give_lane(self, served: Served) -> None:
+        served.lane = self._scheduler.add_lane(
+            served.budget, served.runner.rates, queue_work=served.queue_work
+        )
+        served.lane.preparing = sum(job.counted for job in served.open)
+
+    def submit(
+        self, served: Served, prepare: Callable[[], Prompt], terms: Terms = DEFAULT_TERMS
+    ) -> Pending:
         """Queue one request.
 
         Args:
+            served: which model it is for.
             prepare: called once, in a host thread, to make the prompt; what it raises becomes
                 the future's exception.
             terms: how it is to be treated.
 
         Raises:
-            BackendError: the engine is closed.
-            QueueFull: too much work waits.
+            BackendError: the model was closed.
+            QueueFull: too much work waits for it.
         """
-        job = Job(prepare, terms, LEVELS.index(terms.priority), Pending())
-        job.future.on_cancel = _when_cancelled(self, job)
+        job = Job(served, prepare, terms, LEVELS.index(terms.priority), Pending())
+        job.future.on_cancel = partial(self._cancelled, job)
+        counters = served.runner.counters
         with self._lock:
-            if self._closed:
+            if served.closed:
                 raise BackendError("this model was closed: load it again to use it")
             try:
-                self._scheduler.admit()
+                served.lane.admit()
             except QueueFull:
-                self._runner.counters.add(refused=1)
+                counters.add(refused=1)
                 raise
             if self._host is None:
                 self._host = HostPool(self._host_threads, self._prepare, self._has_room)
                 self._thread = threading.Thread(target=self._loop, name="qvlfast", daemon=True)
                 self._thread.start()
-            self._open.add(job)
-            self._runner.counters.add(submitted=1)
+            served.open.add(job)
+            counters.add(submitted=1)
             self._host.submit(job, job.level, terms.client)
         return job.future
 
-    def metrics(self) -> Metrics:
-        """Counters and gauges as they are now."""
-        caches: dict[str, Any] = {**self._runner.counts}
+    def metrics(self, served: Served) -> Metrics:
+        """Counters and gauges of a model as they are now."""
+        runner = served.runner
+        caches: dict[str, Any] = {**runner.counts}
         with self._lock:
-            scheduler = self._scheduler
-            values: dict[str, Any] = self._runner.counters.values()
+            lane = served.lane
+            values: dict[str, Any] = runner.counters.values()
             return Metrics(
                 **values,
-                preparing=scheduler.preparing,
-                waiting=len(scheduler),
-                waiting_work=scheduler.waiting_work,
-                oldest_wait=scheduler.age(time.monotonic()),
-                budget_tokens=scheduler.budget.tokens,
-                arena_bytes=self._runner.arena_bytes,
+                preparing=lane.preparing,
+                waiting=lane.waiting,
+                waiting_work=lane.waiting_work,
+                oldest_wait=lane.age(time.monotonic()),
+                budget_tokens=lane.budget.tokens,
+                arena_bytes=runner.arena_bytes,
                 **caches,
             )
 
-    def close(self) -> None:
-        """Answer what was accepted, then stop. Calling it again does nothing."""
+    def stop(self, served: Served) -> None:
+        """Accept nothing more for a model; what was accepted is answered."""
         with self._lock:
-            host, thread = self._host, self._thread
-            self.stop()
-        for ending in (host, thread):
-            if ending is not None:
-                ending.join()
+            served.closed = True
+            self._let_go(served)
 
-    def stop(self) -> None:
-        """Accept nothing more, and let the threads end when everything is answered."""
+    def close(self, served: Served) -> None:
+        """:meth:`stop`, and return when everything is answered. Calling it again does nothing."""
         with self._lock:
-            self._closed = True
-            host, self._host, self._thread = self._host, None, None
-            if host is not None:
-                host.close()
-            self._wake.notify_all()
+            self.stop(served)
+            self._changed.wait_for(lambda: not served.open)
+        self._join()
 
     def abandon(self) -> None:
-        """Fail what is not answered yet, and return when the threads have ended."""
+        """Close all models, fail what is not answered yet, and return when the threads have
+        ended."""
         with self._lock:
-            self._closed = True
-            left = list(self._open)
-            self._scheduler.drain()
+            left = [job for served in self._models for job in served.open]
+            for served in list(self._models):
+                self.stop(served)
         for job in left:
             job.future.unwanted = True
             self._fail(job, BackendError("this model was closed before it answered"))
-        self.close()
+        self._join()
+
+    def _let_go(self, served: Served) -> None:
+        """Forget a model that was closed, once nothing of it is open. Under the lock."""
+        if served.closed and not served.open and served in self._models:
+            self._models.discard(served)
+            self._scheduler.remove_lane(served.lane)
+        self._changed.notify_all()
+
+    def _join(self) -> None:
+        """Wait for the threads, if they have no more models to run."""
+        with self._lock:
+            host, thread = self._host, self._thread
+            if host is None or thread is None:
+                return
+            self._changed.wait_for(lambda: self._models or self._thread is not thread)
+            if self._thread is thread:
+                return
+        host.join()
+        thread.join()
 
     # In the host threads.
 
@@ -197,6 +213,7 @@ class Engine:
                 job.ready = ready
                 job.counted = False
                 job.ticket = self._scheduler.push(
+                    job.served.lane,
                     job,
                     ready.cost,
                     time.monotonic(),
@@ -205,7 +222,7 @@ class Engine:
                     deadline=job.terms.deadline,
                     batch_tokens=job.terms.batch_tokens,
                 )
-                self._wake.notify_all()
+                self._changed.notify_all()
 
     def _make_ready(self, job: Job) -> Ready | None:
         prepare, job.prepare = job.prepare, None
@@ -214,25 +231,31 @@ class Engine:
         start = time.perf_counter()
         if time.monotonic() >= job.terms.deadline:
             raise DeadlineError(_LATE)
-        ready = self._runner.ready(prepare(), job.terms.vision_cache, job.terms.size)
-        self._runner.counters.add_seconds("prepare", time.perf_counter() - start)
+        runner = job.served.runner
+        ready = runner.ready(prepare(), job.terms.vision_cache, job.terms.size)
+        runner.counters.add_seconds("prepare", time.perf_counter() - start)
         return ready
 
     # In the engine's thread.
 
     def _loop(self) -> None:
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: len(self._scheduler) or self._done())
-                if not len(self._scheduler):
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._scheduler) or not self._models)
+                if not self._models:
+                    self._end()
                     return
                 start = time.monotonic()
                 while (left := start + self._scheduler.lull() - time.monotonic()) > 0:
-                    self._wake.wait(left)
+                    self._changed.wait(left)
             self._step()
 
-    def _done(self) -> bool:
-        return self._closed and not self._open
+    def _end(self) -> None:
+        """The threads end; the next request starts others. Under the lock."""
+        if self._host is not None:
+            self._host.close()
+        self._host = self._thread = None
+        self._changed.notify_all()
 
     def _step(self, above: int = len(LEVELS), most: float = math.inf) -> None:
         """Run one batch, if something waits that may. A waiting thread keeps nothing of the last
@@ -270,7 +293,7 @@ class Engine:
                 if job.future.set_running_or_notify_cancel():
                     running.append(job)
                 elif self._settle(job):
-                    self._runner.counters.add(cancelled=1)
+                    job.served.runner.counters.add(cancelled=1)
         for job in expired:
             self._fail(job, DeadlineError(_LATE))
         if planned is not None or expired:
@@ -284,7 +307,7 @@ class Engine:
             ready = job.ready
             if ready is None:
                 continue
-            value = self._runner.known(ready)
+            value = job.served.runner.known(ready)
             if value is None:
                 left.append((job, ready.cost))
             else:
@@ -292,9 +315,10 @@ class Engine:
         with self._lock:
             if len(left) < len(planned.jobs):
                 planned = self._scheduler.remainder(planned, left)
-            most = self._scheduler.budget.tokens
+            most = planned.lane.budget.tokens
         if left:
-            self._runner.counters.add_batch(min(1.0, planned.tokens / most))
+            counters = planned.jobs[0].served.runner.counters
+            counters.add_batch(min(1.0, planned.tokens / most))
         return planned
 
     def _made_room(self) -> None:
@@ -305,9 +329,11 @@ class Engine:
 
     def _start_anew(self, error: BaseException) -> None:
         with self._lock:
-            lost = [j for j in self._open if j.ticket is not None and not j.future.running()]
-            self._scheduler = self._new_scheduler()
-            self._scheduler.preparing = sum(job.counted for job in self._open)
+            jobs = [job for served in self._models for job in served.open]
+            lost = [job for job in jobs if job.ticket is not None and not job.future.running()]
+            self._scheduler = Scheduler(ageing=self._ageing)
+            for served in self._models:
+                self._give_lane(served)
         self._made_room()
         for job in lost:
             self._fail(job, error)
@@ -324,10 +350,10 @@ class Engine:
         except BaseException as error:
             out_of_memory = _is_memory_fault(error)
             if out_of_memory:
-                self._runner.counters.add(memory_faults=1)
-                self._runner.forget()
+                jobs[0].served.runner.counters.add(memory_faults=1)
+                self._free_memory()
                 with self._lock:
-                    self._scheduler.shrink()
+                    planned.lane.shrink()
             if len(jobs) > 1:
                 middle = len(jobs) // 2
                 self._run(jobs[:middle], planned)
@@ -340,16 +366,23 @@ class Engine:
             for job, value in zip(jobs, values, strict=True):
                 self._answer(job, value)
 
+    def _free_memory(self) -> None:
+        """Drop what all models keep, since they share the device."""
+        with self._lock:
+            runners = [served.runner for served in self._models]
+        for runner in runners:
+            runner.forget()
+
     def _drive(self, jobs: Sequence[Job], planned: Planned[Job]) -> list[NDArray[np.float32]]:
         """Run the pieces of a batch; in between, one batch of what may pass it."""
         above, most = planned.level, math.inf
         if len(jobs) == 1 and planned.work >= _LONG:
-            above, most = planned.level + 1, planned.work / _SHORTER
-        pieces = self._runner.run([job.ready for job in jobs if job.ready is not None])
+            above, most = planned.level + 1, planned.operations / _SHORTER
+        runner = jobs[0].served.runner
+        pieces = runner.run([job.ready for job in jobs if job.ready is not None])
         with contextlib.closing(pieces):
             while True:
-                with self._turns.take(planned.level):
-                    result = _next(pieces)
+                result = _next(pieces)
                 if result is not None:
                     return result
                 now = time.monotonic()
@@ -366,47 +399,58 @@ class Engine:
             self._fail(job, InputError("non_finite", _NON_FINITE))
             return
         if self._settle(job):
-            self._runner.counters.add(answered=1)
+            job.served.runner.counters.add(answered=1)
             with contextlib.suppress(InvalidStateError):
                 job.future.set_result(Answer(value, Usage.of(ready.prompt)))
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if not self._settle(job):
             return
+        counters = job.served.runner.counters
         if isinstance(error, DeadlineError):
-            self._runner.counters.add(expired=1)
+            counters.add(expired=1)
         elif isinstance(error, CancelledError):
-            self._runner.counters.add(cancelled=1)
+            counters.add(cancelled=1)
         else:
-            self._runner.counters.add_error(error)
+            counters.add_error(error)
         with contextlib.suppress(InvalidStateError):
             job.future.set_exception(error)
 
     def _cancelled(self, job: Job) -> None:
         """A future was cancelled before it was in a batch."""
-        with self._lock:
-            if job.ticket is not None:
-                self._scheduler.cancel(job.ticket)
-            if self._settle(job):
-                self._runner.counters.add(cancelled=1)
-                job.future.set_running_or_notify_cancel()  # tells those who wait for it
+        if self._settle(job):
+            job.served.runner.counters.add(cancelled=1)
+            job.future.set_running_or_notify_cancel()  # tells those who wait for it
         self._made_room()
 
     def _settle(self, job: Job) -> bool:
         """Let go of a job; whether it was still open."""
+        served = job.served
         with self._lock:
             if job.gone:
                 return False
             job.gone = True
             if job.counted:
                 job.counted = False
-                self._scheduler.withdraw()
+                served.lane.withdraw()
+            if job.ticket is not None:
+                self._scheduler.cancel(job.ticket)
             job.future.on_cancel = None
             job.prepare = job.ready = None
-            self._open.discard(job)
-            if self._done():
-                self._wake.notify_all()
+            served.open.discard(job)
+            if not served.open:
+                self._let_go(served)
             return True
+
+    def _after_fork(self) -> None:
+        """A forked child has none of its parent's threads, so its engine starts anew."""
+        self._reset()
+        with self._lock:
+            for served in list(self._models):
+                served.runner.reset()
+                served.open.clear()
+                self._give_lane(served)
+                self._let_go(served)
 
 
 def _next(
@@ -427,33 +471,26 @@ def _is_memory_fault(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _when_cancelled(engine: Engine, job: Job) -> Callable[[], None]:
-    """A future that somebody keeps does not keep the model."""
-    reference = weakref.ref(engine)
-
-    def tell() -> None:
-        alive = reference()
-        if alive is not None:
-            alive._cancelled(job)
-
-    return tell
-
-
-def _after_fork(engine: Engine) -> None:
-    """A forked child has none of its parent's threads, so its engine starts anew."""
-    reference = weakref.ref(engine)
-
-    def reset() -> None:
-        alive = reference()
-        if alive is not None:
-            alive._runner.reset()
-            alive._reset()
-
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=reset)
-
-
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+_SHARED: dict[str, Engine] = {}
+
+
+def engine_of(device: torch.device) -> Engine:
+    """The engine of a device in this process."""
+    name = str(device)
+    if device.type == "cuda" and device.index is None:
+        name = f"cuda:{torch.cuda.current_device()}"
+    engine = _SHARED.get(name)
+    return _SHARED.setdefault(name, Engine()) if engine is None else engine
+
+
+def _after_fork() -> None:
+    for engine in list(_ENGINES):
+        engine._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @atexit.register

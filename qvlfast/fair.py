@@ -1,8 +1,8 @@
 """Queues of several clients that take turns by the work they were given, not by their requests.
 
 Start-time fair queueing: a client's turn comes at the virtual time when its earlier work is paid
-for; the queue's own virtual time is that of the last turn. A client that comes back after a pause
-starts there, so that it neither saves up turns nor loses any.
+for; the virtual time is that of the last turn. A client that comes back after a pause starts there,
+so that it neither saves up turns nor loses any.
 """
 
 from __future__ import annotations
@@ -22,57 +22,120 @@ class Waiting(Protocol):
 
 Item = TypeVar("Item", bound=Waiting)
 
+# Accounts that are only remembered are looked through when there are so many, and twice as many as
+# were left the last time.
+_FEW = 1024
+
 
 @dataclass(eq=False)
-class _Client(Generic[Item]):
-    name: Hashable
+class Account:
+    """When a client's next turn is, and in how many queues it has something waiting."""
+
     turn: float
+    queues: int = 0
+
+
+class Ledger:
+    """The accounts of clients, for one queue, or for several that a client may use.
+
+    Attributes:
+        time: the virtual one.
+    """
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self._accounts: dict[Hashable, Account] = {}
+        self._number = 0
+        self._most = _FEW
+
+    def number(self) -> int:
+        """Where turns are equal, who entered first."""
+        self._number += 1
+        return self._number
+
+    def enter(self, client: Hashable) -> Account:
+        """A client has something in one more queue."""
+        account = self._accounts.setdefault(client, Account(self.time))
+        if not account.queues:
+            account.turn = max(account.turn, self.time)
+        account.queues += 1
+        return account
+
+    def leave(self, client: Hashable) -> None:
+        """A client has nothing left in a queue; turns that it has had ahead are remembered."""
+        self._accounts[client].queues -= 1
+        if self._paid(client):
+            del self._accounts[client]
+        elif len(self._accounts) > self._most:
+            self._accounts = {c: a for c, a in self._accounts.items() if not self._paid(c)}
+            self._most = 2 * len(self._accounts) + _FEW
+
+    def _paid(self, client: Hashable) -> bool:
+        account = self._accounts[client]
+        return not account.queues and account.turn <= self.time
+
+
+@dataclass(eq=False)
+class _Line(Generic[Item]):
+    """What a client has waiting in a queue."""
+
+    client: Hashable
+    account: Account
     items: deque[Item] = field(default_factory=deque)
 
 
 class FairQueue(Generic[Item]):
-    """First in, first out for each client. Every call is O(log clients); not thread-safe."""
+    """First in, first out for each client. Every call is O(log clients); not thread-safe.
 
-    def __init__(self) -> None:
-        self._time = 0.0
-        self._number = 0
-        self._active: dict[Hashable, _Client[Item]] = {}
-        self._turns: list[tuple[float, int, _Client[Item]]] = []
-        self._aside: list[_Client[Item]] = []
-        # Turns of clients that have nothing waiting, where still in the future.
-        self._owed: dict[Hashable, float] = {}
+    Args:
+        ledger: shared by queues in which a client's turns are counted together.
+    """
+
+    def __init__(self, ledger: Ledger | None = None) -> None:
+        self._ledger = ledger or Ledger()
+        self._lines: dict[Hashable, _Line[Item]] = {}
+        # By turn. One that a client has taken in another queue since is noticed when it comes up:
+        # its turn has only become later.
+        self._turns: list[tuple[float, int, _Line[Item]]] = []
+        self._aside: list[_Line[Item]] = []
 
     def push(self, client: Hashable, item: Item) -> None:
         """Put ``item`` last among those of ``client``."""
-        known = self._active.get(client)
-        if known is None:
-            known = _Client(client, max(self._time, self._owed.pop(client, 0.0)))
-            self._active[client] = known
-            self._enter(known)
-        known.items.append(item)
+        line = self._lines.get(client)
+        if line is None:
+            line = self._lines[client] = _Line(client, self._ledger.enter(client))
+            self._queue(line)
+        line.items.append(item)
 
     def peek(self) -> Item | None:
         """The item whose turn it is, or None when nothing waits that is not set aside."""
         while self._turns:
-            client = self._turns[0][2]
-            while client.items and client.items[0].gone:
-                client.items.popleft()
-            if client.items:
-                return client.items[0]
-            heapq.heappop(self._turns)
-            self._leave(client)
+            turn, number, line = self._turns[0]
+            while line.items and line.items[0].gone:
+                line.items.popleft()
+            if not line.items:
+                heapq.heappop(self._turns)
+                self._leave(line)
+            elif turn < line.account.turn:
+                heapq.heapreplace(self._turns, (line.account.turn, number, line))
+            else:
+                return line.items[0]
         return None
+
+    def turn(self) -> tuple[float, int] | None:
+        """When the turn of what :meth:`peek` shows is: the earlier of several queues is first."""
+        return None if self.peek() is None else self._turns[0][:2]
 
     def take(self, work: float) -> Item:
         """Remove the item that :meth:`peek` showed and charge ``work`` to its client."""
-        turn, _, client = heapq.heappop(self._turns)
-        item = client.items.popleft()
-        self._time = max(self._time, turn)
-        client.turn += work
-        if client.items:
-            self._enter(client)
+        turn, _, line = heapq.heappop(self._turns)
+        item = line.items.popleft()
+        self._ledger.time = max(self._ledger.time, turn)
+        line.account.turn += work
+        if line.items:
+            self._queue(line)
         else:
-            self._leave(client)
+            self._leave(line)
         return item
 
     def set_aside(self) -> None:
@@ -81,18 +144,13 @@ class FairQueue(Generic[Item]):
 
     def restore(self) -> None:
         """Let the clients that were set aside take part again."""
-        for client in self._aside:
-            self._enter(client)
+        for line in self._aside:
+            self._queue(line)
         self._aside.clear()
 
-    def _enter(self, client: _Client[Item]) -> None:
-        self._number += 1
-        heapq.heappush(self._turns, (client.turn, self._number, client))
+    def _queue(self, line: _Line[Item]) -> None:
+        heapq.heappush(self._turns, (line.account.turn, self._ledger.number(), line))
 
-    def _leave(self, client: _Client[Item]) -> None:
-        del self._active[client.name]
-        if client.turn <= self._time:
-            return
-        self._owed[client.name] = client.turn
-        if len(self._owed) > 2 * len(self._active) + 1024:
-            self._owed = {n: turn for n, turn in self._owed.items() if turn > self._time}
+    def _leave(self, line: _Line[Item]) -> None:
+        del self._lines[line.client]
+        self._ledger.leave(line.client)

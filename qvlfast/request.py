@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .prompt import Prompt
-from .runner import Ready
-from .scheduler import LEVELS, Ticket
+from .scheduler import LEVELS
 
 
 @dataclass(frozen=True)
@@ -115,30 +114,3 @@ class Pending(Future[Answer]):
         if cancelled and told is not None:
             told()
         return cancelled
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way.
-
-    Attributes:
-        prepare: makes its prompt; None once that was asked for.
-        level: its priority as an index into :data:`qvlfast.scheduler.LEVELS`.
-        ready: its prompt, while it waits for the model.
-        ticket: its place in the scheduler.
-        counted: by the scheduler, as being prepared.
-        gone: answered, failed or cancelled.
-    """
-
-    prepare: Callable[[], Prompt] | None
-    terms: Terms
-    level: int
-    future: Pending
-    ready: Ready | None = None
-    ticket: Ticket[Job] | None = None
-    counted: bool = True
-    gone: bool = False
-
-    def wanted(self, now: float) -> bool:
-        """Whether anybody still waits for it."""
-        return not self.future.unwanted and now < self.terms.deadline

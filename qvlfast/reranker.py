@@ -313,11 +313,11 @@ class Reranker:
 
     def metrics(self) -> Metrics:
         """What waits, what was computed and saved, where the time went."""
-        return self._runtime.engine.metrics()
+        return self._runtime.metrics()
 
     def close(self) -> None:
         """Finish what was accepted and stop the threads. Calling it again does nothing."""
-        self._runtime.engine.close()
+        self._runtime.close()
 
     def __enter__(self) -> Reranker:
         return self

@@ -19,6 +19,7 @@ from .arena import HEAP, Arena, Memory
 from .batch import Cut, Packed, pack, piece_limits
 from .cache import AnswerCache, CacheCounts, PrefixCache, VisionCache
 from .config import ModelConfig
+from .cost import Cost, Media, Rates
 from .graphs import Graphs, fit
 from .memory import ArenaPlan
 from .metrics import Counters
@@ -26,7 +27,6 @@ from .model import Model
 from .pixels import Patches
 from .plan import plan_shared
 from .prompt import Prompt
-from .scheduler import Cost, Media, Rates
 from .sharing import Keys, Numbers
 
 # The part of the budget for beginnings that answers have instead: 32 of 512 MiB, enough for about
@@ -77,7 +77,7 @@ class Ready:
 
 
 def work_rates(config: ModelConfig) -> Rates:
-    """What attention and the tower cost, by multiplications."""
+    """What attention, the tower and the decoder's linears cost, by multiplications."""
     text, vision = config.text, config.vision
     heads = (text.num_heads + text.num_kv_heads) * text.head_dim
     layer = text.hidden_size * (2 * heads + 3 * text.intermediate_size)
@@ -87,6 +87,7 @@ def work_rates(config: ModelConfig) -> Rates:
         pair=2 * text.num_heads * text.head_dim / layer,
         patch=block * vision.depth / decoder,
         patch_pair=2 * vision.hidden_size * vision.depth / decoder,
+        unit=float(decoder),
     )
 
 

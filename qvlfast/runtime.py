@@ -20,13 +20,15 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, locate
 from .config import ModelConfig, load_config, load_pixel_config
+from .cost import Budget
 from .dispatch import check_backend, choose_device, choose_ops
-from .engine import Engine
+from .engine import Engine, engine_of
 from .errors import BackendError, QueueFull
 from .graphs import graphs_for
 from .inputs import Item
 from .media import MediaPolicy
 from .memory import ArenaPlan
+from .metrics import Metrics
 from .model import Model
 from .pixels import Patches, PixelLimits
 from .prompt import Prompt, Prompter
@@ -34,7 +36,7 @@ from .quant import Quantization
 from .quant.stored import find_stored
 from .request import DEFAULT_TERMS, Answer, Pending, Terms, Usage
 from .runner import Runner, Sharing
-from .scheduler import Budget
+from .served import Served
 from .stand_in import Setup
 from .video import item_patches
 from .weights import load_weights, own_shapes, stored_dtype
@@ -147,18 +149,24 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 class Runtime:
-    """Configuration, prompts and engine of one checkpoint."""
+    """Configuration and prompts of one checkpoint, and the engine that serves its model."""
 
     def __init__(
-        self, config: ModelConfig, prompter: Prompter, engine: Engine, options: InputOptions
+        self,
+        config: ModelConfig,
+        prompter: Prompter,
+        engine: Engine,
+        served: Served,
+        options: InputOptions,
     ) -> None:
         self.config = config
         self.prompter = prompter
         self.engine = engine
+        self.served = served
         self.options = options
-        # The engine's thread keeps the model alive. Requests hold on to this object, so when it is
-        # dropped without close() none is left, and the thread can end.
-        weakref.finalize(self, engine.stop).atexit = False
+        # The engine keeps the model alive. Requests hold on to this object, so when it is dropped
+        # without close() none is left, and the model can go.
+        weakref.finalize(self, engine.stop, served).atexit = False
 
     @classmethod
     def load(
@@ -224,8 +232,22 @@ class Runtime:
             setup = Setup.loaded(torch_dtype, ops.name, ops.keeps, stored, plan)
             arena = ArenaPlan.measure(config, setup)
         runner = Runner(network, torch_device, sharing, graphs, arena)
-        engine = Engine(runner, budget, queue_work=queue_tokens or math.inf)
-        return cls(config, prompter, engine, options)
+        engine = engine_of(torch_device)
+        served = engine.serve(runner, budget, queue_work=queue_tokens or math.inf)
+        return cls(config, prompter, engine, served, options)
+
+    @property
+    def model(self) -> Model:
+        """The network."""
+        return self.served.runner.model
+
+    def metrics(self) -> Metrics:
+        """Of this model; see :class:`Metrics`."""
+        return self.engine.metrics(self.served)
+
+    def close(self) -> None:
+        """Answer what was accepted, and accept nothing more."""
+        self.engine.close(self.served)
 
     def load_media(self, item: Item, rest: Callable[[], Prompt]) -> list[Patches]:
         """Decode and cut the videos, then the images, of an input.
@@ -317,7 +339,7 @@ class Runtime:
 
     def _try(self, prepare: Callable[[], Prompt], terms: Terms) -> Pending | None:
         try:
-            return self.engine.submit(prepare, terms)
+            return self.engine.submit(self.served, prepare, terms)
         except QueueFull:
             return None
 

@@ -2,24 +2,24 @@
 
 Pure Python and no clock of its own: whoever calls says what time it is.
 
-A request has a *level* of urgency and a client. A batch is of one level: the one whose claim, the
-time since when it has been waiting, is oldest after each level below the first was set back by
-``ageing`` seconds. So the urgent come first, and a level that has work is passed over no longer
-than that. Within a level clients take turns by work (:mod:`qvlfast.fair`), and the requests of a
-client keep their order.
+All models of a device share a queue. A request has a *level* of urgency and a client. A batch is of
+one model and one level: the level whose claim, the time since when it has been waiting, is oldest
+after each below the first was set back by ``ageing`` seconds. So the urgent come first, and a level
+that has work is passed over no longer than that. Within a level clients take turns by work
+(:mod:`qvlfast.fair`), whichever models they use; the one whose turn it is decides on the model, and
+the requests of a client to a model keep their order.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Generic
 
-from .errors import QueueFull
-from .fair import FairQueue
+from .cost import Budget, Cost, Rates
+from .fair import Ledger
+from .lane import Job, Lane, Planned, Ticket
 
 LEVELS = ("interactive", "normal", "bulk")
 
@@ -28,101 +28,10 @@ _MOST_PASSED_OVER = 8
 # A beginning that others of the batch have is not computed again, except for so many tokens at
 # most: see sharing.MIN_SAVED.
 _NOT_SHARED = 7
-# Batches without a memory fault after which a shrunken budget is doubled.
-_CLEAN = 64
 
 # For requests that are being prepared an idle engine waits as long as this part of the time that
 # those which are there will take, or up to so many seconds; and so long while no speed is known.
 _LULL, _LONGEST_LULL, _FIRST_LULL = 0.1, 0.05, 0.01
-
-Job = TypeVar("Job")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The most one batch may hold, as predicted. A request over it on its own runs alone.
-
-    Attributes:
-        tokens: decoder tokens, visual ones included.
-        patches: vision tower patches (four to a visual token).
-        work: everything together, see :class:`Rates`.
-    """
-
-    tokens: int = 16_384
-    patches: int = 16_384
-    work: float = math.inf
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1 or self.patches < 1 or self.work <= 0:
-            raise ValueError(f"a batch budget must be positive, got {self}")
-
-
-@dataclass(frozen=True)
-class Rates:
-    """The unit of work is what the linears of the decoder cost for one token; this is the rest.
-
-    Attributes:
-        pair: a query and a key in the decoder's attention.
-        patch: the linears of the vision tower for one patch.
-        patch_pair: a query and a key in the tower's attention.
-    """
-
-    pair: float = 0.0
-    patch: float = 0.0
-    patch_pair: float = 0.0
-
-
-@dataclass(frozen=True)
-class Media:
-    """One picture or video: equal ``key``, equal pixels."""
-
-    key: Hashable
-    patches: int
-    frame: int  # patches of one frame: attention is within it
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a request needs on its own.
-
-    Attributes:
-        tokens: of its prompt.
-        media: its pictures and videos.
-        prefixes: (hash, length) of some of its beginnings, the shortest first. A beginning that
-            another request of the batch has as well is not counted again; without any, and
-            without equal keys in ``media``, nothing is taken to be shared.
-    """
-
-    tokens: int
-    media: tuple[Media, ...] = ()
-    prefixes: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(eq=False)
-class Ticket(Generic[Job]):
-    """A request in the queue; ``gone`` once it was taken, cancelled or too late."""
-
-    job: Job | None
-    cost: Cost
-    work: float
-    patches: int
-    level: int
-    arrival: float
-    deadline: float
-    batch_tokens: int
-    gone: bool = False
-
-
-@dataclass(eq=False)
-class Planned(Generic[Job]):
-    """A batch: its jobs in order, and what they are predicted to cost together."""
-
-    level: int
-    jobs: list[Job] = field(default_factory=list)
-    tokens: int = 0
-    patches: int = 0
-    work: float = 0.0
-
 
 _NOTHING = Cost(0)
 
@@ -131,60 +40,41 @@ class Scheduler(Generic[Job]):
     """A queue of jobs with costs. Not thread-safe: the engine holds its lock around every call.
 
     Args:
-        budget: the most one batch may hold.
-        rates: what work costs beside tokens.
         ageing: seconds by which a level stands back behind the next more urgent one.
-        queue_work: waiting work from which on new requests are refused.
     """
 
-    def __init__(
-        self,
-        budget: Budget,
-        rates: Rates | None = None,
-        *,
-        ageing: float = 5.0,
-        queue_work: float = math.inf,
-    ) -> None:
-        self.budget = self._full_budget = budget
-        self._rates = rates or Rates()
+    def __init__(self, *, ageing: float = 5.0) -> None:
         self._ageing = ageing
-        self._queue_work = queue_work
-        self._queues: list[FairQueue[Ticket[Job]]] = [FairQueue() for _ in LEVELS]
-        self._arrivals: list[deque[Ticket[Job]]] = [deque() for _ in LEVELS]
+        self._ledgers = [Ledger() for _ in LEVELS]
+        self._lanes: list[Lane[Job]] = []
         self._served = [-math.inf] * len(LEVELS)
         self._deadlines: list[tuple[float, int, Ticket[Job]]] = []
         self._number = 0  # breaks ties in the heap
         self._expired: list[Job] = []
-        self._waiting = 0
-        self.waiting_patches = 0
-        self.waiting_work = 0.0
-        self.preparing = 0
-        self._mean_work = 0.0
-        self._clean = 0
-        self._rate = 0.0
 
     def __len__(self) -> int:
-        return self._waiting
+        return sum(lane.waiting for lane in self._lanes)
 
-    def admit(self) -> None:
-        """Count a request that is being prepared, until :meth:`push` or :meth:`withdraw`.
+    @property
+    def waiting_patches(self) -> int:
+        """Of all that waits."""
+        return sum(lane.waiting_patches for lane in self._lanes)
 
-        Raises:
-            QueueFull: what waits, and what is being prepared if it costs as much as requests
-                have so far, is at the limit.
-        """
-        predicted = self.waiting_work + self.preparing * self._mean_work
-        if predicted >= self._queue_work:
-            excess = predicted + self._mean_work - self._queue_work
-            raise QueueFull(excess / self._rate if self._rate else 1.0, predicted)
-        self.preparing += 1
+    def add_lane(
+        self, budget: Budget, rates: Rates | None = None, *, queue_work: float = math.inf
+    ) -> Lane[Job]:
+        """For one more model; see :class:`qvlfast.lane.Lane`."""
+        lane: Lane[Job] = Lane(self._ledgers, budget, rates or Rates(), queue_work)
+        self._lanes.append(lane)
+        return lane
 
-    def withdraw(self) -> None:
-        """A request that was admitted does not come: it was cancelled, or could not be read."""
-        self.preparing -= 1
+    def remove_lane(self, lane: Lane[Job]) -> None:
+        """Of a model for which nothing waits and nothing will come."""
+        self._lanes.remove(lane)
 
     def push(
         self,
+        lane: Lane[Job],
         job: Job,
         cost: Cost,
         now: float,
@@ -194,7 +84,7 @@ class Scheduler(Generic[Job]):
         deadline: float = math.inf,
         batch_tokens: int | None = None,
     ) -> Ticket[Job]:
-        """Queue a job that was admitted.
+        """Queue a job that its lane admitted.
 
         Args:
             level: index into :data:`LEVELS`.
@@ -202,21 +92,16 @@ class Scheduler(Generic[Job]):
             deadline: when it is no longer wanted.
             batch_tokens: a lower token budget for the batch that it will be in.
         """
-        self.preparing -= 1
-        patches = sum(m.patches for m in cost.media)
-        work = self._work(cost.tokens, 0) + sum(map(self._media_work, cost.media))
-        limit = batch_tokens or self._full_budget.tokens
-        ticket = Ticket(job, cost, work, patches, level, now, deadline, limit)
-        self._mean_work += 0.05 * (work - self._mean_work) if self._mean_work else work
-        self._queues[level].push(client, ticket)
-        self._arrivals[level].append(ticket)
+        work, limit = cost.work(lane.rates), batch_tokens or lane.full_budget.tokens
+        ticket = Ticket(job, cost, lane, work, cost.patches, level, now, deadline, limit)
+        lane.queues[level].push(client, ticket)
+        lane.enter(ticket)
         if deadline < math.inf:
             self._number += 1
             heapq.heappush(self._deadlines, (deadline, self._number, ticket))
-        self._waiting += 1
-        self._forget_the_gone(level)
-        self.waiting_patches += patches
-        self.waiting_work += work
+            if len(self._deadlines) > 2 * len(self) + 1024:
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].gone]
+                heapq.heapify(self._deadlines)
         return ticket
 
     def cancel(self, ticket: Ticket[Job]) -> None:
@@ -230,30 +115,18 @@ class Scheduler(Generic[Job]):
         expired, self._expired = self._expired, []
         return expired
 
-    def drain(self) -> list[Job]:
-        """Take out every job."""
-        jobs = [t.job for line in self._arrivals for t in line if t.job is not None]
-        for line in self._arrivals:
-            for ticket in line:
-                self.cancel(ticket)
-            line.clear()
-        expired, self._expired = self._expired, []
-        return jobs + expired
-
-    def age(self, now: float) -> float:
-        """Seconds that the oldest waiting job has been waiting; 0 if there is none."""
-        heads = (self._oldest(level) for level in range(len(LEVELS)))
-        return max((now - ticket.arrival for ticket in heads if ticket is not None), default=0.0)
-
     def lull(self) -> float:
         """Seconds for which it is worth waiting for requests that are being prepared: those of one
         call come one by one, and share more in one batch."""
-        full = self.waiting_work >= self.budget.tokens
-        if not self.preparing or full or self._oldest(0) is not None:
+        level = self._choose(len(LEVELS))
+        if level is None or any(lane.oldest(0) is not None for lane in self._lanes):
+            return 0.0  # nothing waits, or something urgent
+        lane = self._in_turn(level)[0]
+        if not lane.preparing or lane.waiting_work >= lane.budget.tokens:
             return 0.0
-        if not self._rate:
+        if not lane.speed:
             return _FIRST_LULL
-        return min(_LULL * self.waiting_work / self._rate, _LONGEST_LULL)
+        return min(_LULL * lane.waiting_work / lane.speed, _LONGEST_LULL)
 
     def pop(
         self, now: float, *, above: int = len(LEVELS), most: float = math.inf
@@ -262,7 +135,7 @@ class Scheduler(Generic[Job]):
 
         Args:
             above: only levels more urgent than this one.
-            most: only so much work.
+            most: only so much work, as :attr:`Planned.operations`.
 
         Returns:
             None if nothing waits that these allow.
@@ -271,27 +144,16 @@ class Scheduler(Generic[Job]):
         level = self._choose(above)
         if level is None:
             return None
-        queue = self._queues[level]
-        forming = _Forming[Job](self, level)
-        passed_over = 0
-        while (ticket := queue.peek()) is not None:
-            if not forming.fits(ticket, most):
-                if passed_over == _MOST_PASSED_OVER:
-                    break
-                passed_over += 1
-                queue.set_aside()
-                continue
-            queue.take(forming.add(ticket))
-            self._remove(ticket)
-        queue.restore()
-        if not forming.batch.jobs:
-            return None
-        self._served[level] = now
-        return forming.batch
+        for lane in self._in_turn(level):
+            batch = self._fill(lane, level, most)
+            if batch.jobs:
+                self._served[level] = now
+                return batch
+        return None
 
     def remainder(self, batch: Planned[Job], left: Sequence[tuple[Job, Cost]]) -> Planned[Job]:
         """A batch of which only these jobs are left, and what they cost on their own."""
-        forming = _Forming[Job](self, batch.level)
+        forming = _Forming(batch.lane, batch.level)
         for job, cost in left:
             forming.put(job, cost, *forming.needs(cost))
         return forming.batch
@@ -299,49 +161,39 @@ class Scheduler(Generic[Job]):
     def finished(self, batch: Planned[Job], now: float, seconds: float) -> None:
         """Note that a batch is done: ``seconds`` it took, those of others in between left out."""
         self._served[batch.level] = now
-        if seconds > 0:
-            rate = batch.work / seconds
-            self._rate += 0.2 * (rate - self._rate) if self._rate else rate
-        self._clean += 1
-        if self._clean >= _CLEAN and self.budget != self._full_budget:
-            self._scale(2.0)
+        batch.lane.ran(batch.work, seconds)
 
-    def shrink(self) -> None:
-        """Halve the budget, after memory ran out; it grows again with time."""
-        self._scale(0.5)
+    def _fill(self, lane: Lane[Job], level: int, most: float) -> Planned[Job]:
+        """A batch of what fits it, in turn."""
+        queue, unit = lane.queues[level], lane.rates.unit
+        forming = _Forming(lane, level)
+        passed_over = 0
+        while (ticket := queue.peek()) is not None:
+            if not forming.fits(ticket, most / unit):
+                if passed_over == _MOST_PASSED_OVER:
+                    break
+                passed_over += 1
+                queue.set_aside()
+                continue
+            queue.take(forming.add(ticket) * unit)
+            self._remove(ticket)
+        queue.restore()
+        return forming.batch
 
-    def _scale(self, factor: float) -> None:
-        self._clean = 0
-        full, budget = self._full_budget, self.budget
-        self.budget = replace(
-            budget,
-            tokens=min(max(1, int(budget.tokens * factor)), full.tokens),
-            patches=min(max(1, int(budget.patches * factor)), full.patches),
-            work=min(budget.work * factor, full.work),
-        )
-
-    def _work(self, tokens: int, known: int) -> float:
-        """Of a prompt whose first ``known`` tokens are computed anyway."""
-        return tokens - known + self._rates.pair * (tokens**2 - known**2) / 2
-
-    def _media_work(self, media: Media) -> float:
-        return media.patches * (self._rates.patch + self._rates.patch_pair * media.frame)
-
-    def _oldest(self, level: int) -> Ticket[Job] | None:
-        line = self._arrivals[level]
-        while line and line[0].gone:
-            line.popleft()
-        return line[0] if line else None
+    def _in_turn(self, level: int) -> list[Lane[Job]]:
+        """The lanes in which something of a level waits, that of the client in turn first."""
+        turns = [(lane.queues[level].turn(), lane) for lane in self._lanes]
+        waiting = [(turn, lane) for turn, lane in turns if turn is not None]
+        return [lane for _, lane in sorted(waiting, key=lambda entry: entry[0])]
 
     def _choose(self, above: int) -> int | None:
         chosen, first = None, math.inf
         for level in range(min(above, len(LEVELS))):
-            oldest = self._oldest(level)
-            if oldest is None:
-                continue
-            claim = max(oldest.arrival, self._served[level]) + level * self._ageing
-            if claim < first:
-                chosen, first = level, claim
+            heads = [t.arrival for lane in self._lanes if (t := lane.oldest(level)) is not None]
+            if heads:
+                claim = max(min(heads), self._served[level]) + level * self._ageing
+                if claim < first:
+                    chosen, first = level, claim
         return chosen
 
     def _expire(self, now: float) -> None:
@@ -351,37 +203,26 @@ class Scheduler(Generic[Job]):
                 self._expired.append(ticket.job)
                 self._remove(ticket)
 
-    def _forget_the_gone(self, level: int) -> None:
-        """Tickets that left out of turn stay in the lists; now and then those are made anew."""
-        most = 2 * self._waiting + 1024
-        if len(self._deadlines) > most:
-            self._deadlines = [entry for entry in self._deadlines if not entry[2].gone]
-            heapq.heapify(self._deadlines)
-        if len(self._arrivals[level]) > most:
-            self._arrivals[level] = deque(t for t in self._arrivals[level] if not t.gone)
-
     def _remove(self, ticket: Ticket[Job]) -> None:
         ticket.gone, ticket.job, ticket.cost = True, None, _NOTHING
-        self._waiting -= 1
-        self.waiting_patches -= ticket.patches
-        # Sums of floats drift; an empty queue is the place to forget that.
-        self.waiting_work = self.waiting_work - ticket.work if self._waiting else 0.0
+        ticket.lane.leave(ticket)
 
 
 class _Forming(Generic[Job]):
     """A batch being filled, and what is known to be in it."""
 
-    def __init__(self, scheduler: Scheduler[Job], level: int) -> None:
-        self._scheduler = scheduler
+    def __init__(self, lane: Lane[Job], level: int) -> None:
+        self._rates = lane.rates
+        self._budget = lane.budget
         self._prefixes: set[int] = set()
         self._media: set[Hashable] = set()
-        self._limit = scheduler.budget.tokens
+        self._limit = lane.budget.tokens
         self._extra = (0, 0, 0.0)
-        self.batch: Planned[Job] = Planned(level)
+        self.batch: Planned[Job] = Planned(lane, level)
 
     def fits(self, ticket: Ticket[Job], most: float) -> bool:
         """Whether there is room for it; anything has room in an empty batch."""
-        batch, budget = self.batch, self._scheduler.budget
+        batch, budget = self.batch, self._budget
         tokens, patches, work = self._extra = self.needs(ticket.cost)
         if batch.work + work > most:
             return False
@@ -403,9 +244,7 @@ class _Forming(Generic[Job]):
         shared = next((n for h, n in reversed(cost.prefixes) if h in self._prefixes), 0)
         known = max(0, shared - _NOT_SHARED)
         new = {m.key: m for m in cost.media if m.key not in self._media}.values()
-        work = self._scheduler._work(cost.tokens, known) + sum(
-            map(self._scheduler._media_work, new)
-        )
+        work = self._rates.text(cost.tokens, known) + sum(map(self._rates.media, new))
         return cost.tokens - known, sum(m.patches for m in new), work
 
     def put(self, job: Job, cost: Cost, tokens: int, patches: int, work: float) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from qvlfast import Embedder, Reranker
+from qvlfast.cost import Budget
 from qvlfast.engine import Engine
+from qvlfast.metrics import Metrics
+from qvlfast.model import Model
 from qvlfast.pixels import Patches
 from qvlfast.prompt import Prompt
+from qvlfast.request import DEFAULT_TERMS, Pending, Terms
 from qvlfast.runner import Runner, Sharing
-from qvlfast.scheduler import Budget
 
 CPU = torch.device("cpu")
 
@@ -86,17 +90,41 @@ class StandIn:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
 
-def make_engine(
-    budget: Budget | None = None, sharing: Sharing | None = None, **options: Any
-) -> Engine:
-    runner = Runner(StandIn(), CPU, sharing or Sharing(prefixes=False))
-    options = {"host_threads": 2, **options}
-    return Engine(runner, budget or Budget(tokens=40, patches=64), **options)
+class Serving:
+    """A stand-in in an engine, of its own unless one is given."""
+
+    def __init__(
+        self,
+        budget: Budget | None = None,
+        sharing: Sharing | None = None,
+        *,
+        engine: Engine | None = None,
+        queue_work: float = math.inf,
+        **options: Any,
+    ) -> None:
+        self.model = StandIn()
+        self.runner = Runner(cast(Model, self.model), CPU, sharing or Sharing(prefixes=False))
+        self.engine = engine or Engine(**{"host_threads": 2, **options})
+        budget = budget or Budget(tokens=40, patches=64)
+        self.served = self.engine.serve(self.runner, budget, queue_work=queue_work)
+
+    def submit(self, prepare: Callable[[], Prompt], terms: Terms = DEFAULT_TERMS) -> Pending:
+        return self.engine.submit(self.served, prepare, terms)
+
+    def metrics(self) -> Metrics:
+        return self.engine.metrics(self.served)
+
+    def close(self) -> None:
+        self.engine.close(self.served)
+
+
+def runner_of(loaded: Embedder | Reranker) -> Runner:
+    return loaded._runtime.served.runner
 
 
 def forget_answers(loaded: Embedder | Reranker) -> None:
     """So that a repeated call is computed, with the beginnings and pictures that are kept."""
-    loaded._runtime.engine._runner._answers.clear()
+    runner_of(loaded)._answers.clear()
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -12,23 +12,22 @@ import pytest
 
 from qvlfast import Embedder, Reranker
 from qvlfast.cache import AnswerCache
-from qvlfast.engine import Engine
 from qvlfast.errors import InputError
+from qvlfast.lane import Planned
 from qvlfast.pixels import Patches
 from qvlfast.prompt import Prompt
 from qvlfast.request import DEFAULT_TERMS, Terms
 from qvlfast.runner import Sharing
-from qvlfast.scheduler import Planned
 from tests.samples import picture
-from tests.stand_in import make_engine, prompt, until
+from tests.stand_in import Serving, prompt, until
 
 SHARING = Sharing(prefixes=True, cache_bytes=1 << 20, vision_cache_bytes=1 << 20)
 ENTRY = 256  # bytes beside the answer's own
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    made = make_engine(sharing=SHARING)
+def serving() -> Iterator[Serving]:
+    made = Serving(sharing=SHARING)
     yield made
     made.close()
 
@@ -40,8 +39,8 @@ def pictured(*ids: int, shade: int, place: int = 0) -> Prompt:
     return Prompt(whole.ids, whole.positions, (patches,), np.array([place], np.int32))
 
 
-def ask(engine: Engine, asked: Prompt, terms: Terms = DEFAULT_TERMS) -> float:
-    return float(engine.submit(lambda: asked, terms).result(10).value[0])
+def ask(serving: Serving, asked: Prompt, terms: Terms = DEFAULT_TERMS) -> float:
+    return float(serving.submit(lambda: asked, terms).result(10).value[0])
 
 
 def test_vectors_and_scores_come_back_as_copies() -> None:
@@ -99,13 +98,13 @@ def test_a_digest_is_that_of_the_whole_prompt() -> None:
     assert pictured(1, 2, 3, shade=1).digest == different[4].digest
 
 
-def test_a_known_prompt_is_not_computed_again(engine: Engine) -> None:
+def test_a_known_prompt_is_not_computed_again(serving: Serving) -> None:
     for _ in range(3):
-        assert ask(engine, prompt(1, 2, 3)) == 3
-        assert ask(engine, pictured(1, 2, 4, shade=5)) == 4
+        assert ask(serving, prompt(1, 2, 3)) == 3
+        assert ask(serving, pictured(1, 2, 4, shade=5)) == 4
         gc.collect()  # nobody holds the picture but the cache
-    assert engine.model.begun == [[3], [4]]
-    metrics = engine.metrics()
+    assert serving.model.begun == [[3], [4]]
+    metrics = serving.metrics()
     assert (metrics.answered, metrics.batches) == (6, 2)
     assert (metrics.tokens, metrics.tokens_computed, metrics.tokens_cached) == (18, 6, 12)
     assert (metrics.patches, metrics.patches_computed) == (12, 4)
@@ -115,58 +114,58 @@ def test_a_known_prompt_is_not_computed_again(engine: Engine) -> None:
 
 
 def test_a_batch_runs_without_what_is_known(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And its speed is that of what ran."""
     finished: list[Planned[Any]] = []
-    usual = engine._scheduler.finished
+    usual = serving.engine._scheduler.finished
 
     def note(batch: Planned[Any], now: float, seconds: float) -> None:
         finished.append(batch)
         usual(batch, now, seconds)
 
-    monkeypatch.setattr(engine._scheduler, "finished", note)
-    assert ask(engine, prompt(*range(10))) == 9
-    engine.model.gate.clear()
-    held = engine.submit(lambda: prompt(50))
-    until(lambda: len(engine.model.begun) == 2)
+    monkeypatch.setattr(serving.engine._scheduler, "finished", note)
+    assert ask(serving, prompt(*range(10))) == 9
+    serving.model.gate.clear()
+    held = serving.submit(lambda: prompt(50))
+    until(lambda: len(serving.model.begun) == 2)
     asked = [prompt(*range(10)), prompt(60, 61), prompt(*range(10)), prompt(70, 71)]
-    futures = [engine.submit(lambda p=p: p) for p in asked]
-    until(lambda: engine.metrics().waiting == 4)
-    engine.model.gate.set()
+    futures = [serving.submit(lambda p=p: p) for p in asked]
+    until(lambda: serving.metrics().waiting == 4)
+    serving.model.gate.set()
     assert [f.result(10).value[0] for f in (held, *futures)] == [50, 9, 61, 9, 71]
-    assert sorted(engine.model.begun[2]) == [61, 71]
-    engine.close()
+    assert sorted(serving.model.begun[2]) == [61, 71]
+    serving.close()
     assert [len(batch.jobs) for batch in finished] == [1, 1, 2]
     assert [batch.tokens for batch in finished] == [10, 1, 4]
 
 
-def test_answers_from_the_cache_say_nothing_about_speed(engine: Engine) -> None:
-    assert ask(engine, prompt(*range(10))) == 9
-    until(lambda: engine._scheduler._rate > 0)
-    rate = engine._scheduler._rate
+def test_answers_from_the_cache_say_nothing_about_speed(serving: Serving) -> None:
+    assert ask(serving, prompt(*range(10))) == 9
+    until(lambda: serving.served.lane.speed > 0)
+    rate = serving.served.lane.speed
     for _ in range(20):
-        assert ask(engine, prompt(*range(10))) == 9
-    engine.close()
-    assert engine._scheduler._rate == rate and engine.metrics().batches == 1
+        assert ask(serving, prompt(*range(10))) == 9
+    serving.close()
+    assert serving.served.lane.speed == rate and serving.metrics().batches == 1
 
 
-def test_failures_are_not_kept(engine: Engine) -> None:
+def test_failures_are_not_kept(serving: Serving) -> None:
     for _ in range(2):
         with pytest.raises(InputError, match="NaN"):
-            ask(engine, prompt(800))
+            ask(serving, prompt(800))
         with pytest.raises(RuntimeError, match="bad batch"):
-            ask(engine, prompt(900))
-    assert engine.model.begun.count([800]) == engine.model.begun.count([900]) == 2
-    assert engine.metrics().answer_cache.entries == 0
+            ask(serving, prompt(900))
+    assert serving.model.begun.count([800]) == serving.model.begun.count([900]) == 2
+    assert serving.metrics().answer_cache.entries == 0
 
 
-def test_running_out_of_memory_drops_answers(engine: Engine) -> None:
-    assert ask(engine, prompt(1)) == 1
-    assert ask(engine, prompt(902)) == 902
-    assert engine.metrics().answer_cache.entries == 1
-    assert ask(engine, prompt(1)) == 1
-    assert engine.model.begun[-1] == [1]
+def test_running_out_of_memory_drops_answers(serving: Serving) -> None:
+    assert ask(serving, prompt(1)) == 1
+    assert ask(serving, prompt(902)) == 902
+    assert serving.metrics().answer_cache.entries == 1
+    assert ask(serving, prompt(1)) == 1
+    assert serving.model.begun[-1] == [1]
 
 
 @pytest.mark.parametrize(
@@ -178,31 +177,31 @@ def test_running_out_of_memory_drops_answers(engine: Engine) -> None:
     ids=["share_prefixes=False", "cache_bytes=0"],
 )
 def test_off(sharing: Sharing) -> None:
-    engine = make_engine(sharing=sharing)
+    serving = Serving(sharing=sharing)
     for _ in range(2):
-        assert ask(engine, prompt(1, 2)) == 2
-    engine.close()
-    assert engine.model.begun == [[2], [2]]
-    counts = engine.metrics().answer_cache
+        assert ask(serving, prompt(1, 2)) == 2
+    serving.close()
+    assert serving.model.begun == [[2], [2]]
+    counts = serving.metrics().answer_cache
     assert (counts.hits, counts.misses, counts.entries) == (0, 0, 0)
 
 
-def test_pictures_of_a_call_can_stay_out(engine: Engine) -> None:
+def test_pictures_of_a_call_can_stay_out(serving: Serving) -> None:
     private = Terms(vision_cache=False)
     for terms in (private, DEFAULT_TERMS, private):
-        assert ask(engine, pictured(1, 2, shade=0), terms) == 2
-        assert ask(engine, prompt(1, 3), terms) == 3
+        assert ask(serving, pictured(1, 2, shade=0), terms) == 2
+        assert ask(serving, prompt(1, 3), terms) == 3
     # The text is computed once, and the picture of a private call is neither kept nor looked for.
-    assert engine.model.begun == [[2], [3], [2], [2]]
-    assert engine.metrics().answer_cache.entries == 2
+    assert serving.model.begun == [[2], [3], [2], [2]]
+    assert serving.metrics().answer_cache.entries == 2
 
 
 def test_the_budget_is_a_part_of_that_for_beginnings() -> None:
-    engine = make_engine(sharing=Sharing(prefixes=True, cache_bytes=512 << 20))
-    runner: Any = engine._runner
+    serving = Serving(sharing=Sharing(prefixes=True, cache_bytes=512 << 20))
+    runner: Any = serving.runner
     assert runner._answers.budget == 32 << 20
     assert runner._answers.budget + runner._prefixes.budget == 512 << 20
-    engine.close()
+    serving.close()
 
 
 def test_vectors_of_every_form(tiny_checkpoint: Path) -> None:

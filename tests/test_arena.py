@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 
 import numpy as np
@@ -55,6 +56,20 @@ def test_a_scope_ends_with_its_exception() -> None:
     assert arena.empty((4,), dtype=torch.float32).data_ptr() == before.data_ptr()
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_has_its_own() -> None:
+    arena = Arena(CPU)
+    arena.reserve(4096)
+    mine = arena.empty((100,), dtype=torch.float32)
+    mine.fill_(1.0)
+    child = os.fork()
+    if child == 0:
+        mine.fill_(2.0)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (mine == 1.0).all()
+
+
 def test_what_does_not_fit_comes_from_the_heap() -> None:
     arena = Arena(CPU)
     arena.reserve(1024)
@@ -98,7 +113,7 @@ def texts(count: int, most: int) -> list[str]:
 
 
 def runner_of(loaded: Embedder | Reranker) -> Runner:
-    return loaded._runtime.engine._runner
+    return loaded._runtime.served.runner
 
 
 def poison(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,7 +252,7 @@ def test_the_triton_backend_agrees(tiny_checkpoint: Path) -> None:
         Embedder.from_pretrained(tiny_checkpoint, device="cpu", backend="triton") as embedder,
         Embedder.from_pretrained(tiny_checkpoint, share_prefixes=False) as plain,
     ):
-        embedder._runtime.engine._runner._limits = PieceLimits(rows=12, pairs=300, patches=4)
+        embedder._runtime.served.runner._limits = PieceLimits(rows=12, pairs=300, patches=4)
         for batch_tokens in (None, 1):
             forget_answers(embedder)
             got = embedder.encode(items, batch_tokens=batch_tokens)

@@ -55,7 +55,7 @@ def plain(folder: Path, options: dict[str, Any]) -> Iterator[np.ndarray]:
     """Vectors of every input on its own, with nothing shared or kept, in one piece."""
     off = {"share_prefixes": False, "vision_cache_bytes": 0}
     with Embedder.from_pretrained(folder, deterministic=True, **off, **options) as embedder:
-        embedder._runtime.engine._runner._limits = PieceLimits(1 << 30, 1 << 60, 1 << 30)
+        embedder._runtime.served.runner._limits = PieceLimits(1 << 30, 1 << 60, 1 << 30)
         yield embedder.encode(inputs(), batch_tokens=1)
 
 
@@ -67,7 +67,7 @@ def test_equal_bits(
     rng = np.random.default_rng(0)
     with Embedder.from_pretrained(folder, deterministic=True, **options) as embedder:
         if pieces:
-            embedder._runtime.engine._runner._limits = pieces
+            embedder._runtime.served.runner._limits = pieces
         for batch_tokens in (None, 300):
             forget_answers(embedder)
             order = rng.permutation(len(items))

@@ -28,6 +28,7 @@ from qvlfast import (
     InputError,
     TruncationWarning,
 )
+from qvlfast.engine import Engine
 from qvlfast.model import drain
 from qvlfast.vectors import cut
 from tests.samples import Film, picture, write_film
@@ -80,7 +81,7 @@ def test_matryoshka(embedder: Embedder) -> None:
 def test_the_model_itself_cuts_vectors(tiny_checkpoint: Path, backend: str) -> None:
     """Of what is wanted the backend's ``pool`` makes unit vectors; the host only passes it on."""
     with Embedder.from_pretrained(tiny_checkpoint, device="cpu", backend=backend) as embedder:
-        ops: Any = embedder._runtime.engine.model.ops
+        ops: Any = embedder._runtime.model.ops
         pool, sizes, made = ops.pool, [], []
 
         def spy(*args: Any, size: int | None = None, **rest: Any) -> torch.Tensor:
@@ -99,7 +100,7 @@ def test_the_model_itself_cuts_vectors(tiny_checkpoint: Path, backend: str) -> N
 
 def test_a_batch_may_hold_vectors_of_several_sizes(embedder: Embedder) -> None:
     """Equal inputs among them, which are computed once; each is what it is alone, bit for bit."""
-    runner = embedder._runtime.engine._runner
+    runner = embedder._runtime.served.runner
     wanted = [("one", None), ("two", 8), ("one", 8), ("three", None), ("two", 24), ("two", 8)]
 
     def run(some: list[tuple[str, int | None]]) -> list[np.ndarray]:
@@ -253,15 +254,22 @@ def test_many_threads_get_their_own_vectors(embedder: Embedder) -> None:
 
 def test_non_finite_results_are_errors(tiny_checkpoint: Path) -> None:
     with Embedder.from_pretrained(tiny_checkpoint) as embedder:
-        norm = embedder._runtime.engine.model.weights.text.norm
+        norm = embedder._runtime.model.weights.text.norm
         with torch.inference_mode():
             broken = norm.clone().fill_(torch.nan)
-        object.__setattr__(embedder._runtime.engine.model.weights.text, "norm", broken)
+        object.__setattr__(embedder._runtime.model.weights.text, "norm", broken)
         with pytest.raises(InputError, match="NaN or infinity") as caught:
             embedder.encode("a")
         assert caught.value.code == "non_finite"
 
 
+@pytest.fixture
+def own_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other model keeps its threads."""
+    monkeypatch.setattr("qvlfast.runtime.engine_of", lambda device: Engine())
+
+
+@pytest.mark.usefixtures("own_engine")
 def test_closing(tiny_checkpoint: Path) -> None:
     before = threading.active_count()
     with Embedder.from_pretrained(tiny_checkpoint) as embedder:
@@ -271,11 +279,12 @@ def test_closing(tiny_checkpoint: Path) -> None:
         embedder.encode("a")
 
 
+@pytest.mark.usefixtures("own_engine")
 def test_dropping_it_frees_the_model(tiny_checkpoint: Path) -> None:
     before = threading.active_count()
     embedder = Embedder.from_pretrained(tiny_checkpoint)
     embedder.encode(TEXTS)
-    model = weakref.ref(embedder._runtime.engine.model)
+    model = weakref.ref(embedder._runtime.model)
     del embedder
     for _ in range(100):
         gc.collect()
@@ -352,8 +361,9 @@ def test_a_program_that_does_not_close_it_ends_well(tiny_checkpoint: Path, waiti
         "assert embedder.encode([picture, 'a']).shape == (2, 128)\n"
     )
     if waiting:
-        program += "engine = embedder._runtime.engine\n"
-        program += "[engine.submit(embedder._request(picture, None)) for _ in range(50)]\n"
+        program += "runtime = embedder._runtime\n"
+        program += "request = embedder._request(picture, None)\n"
+        program += "[runtime.engine.submit(runtime.served, request) for _ in range(50)]\n"
     for _ in range(3):
         done = subprocess.run(
             [sys.executable, "-c", program, str(tiny_checkpoint)],

@@ -10,41 +10,40 @@ from typing import Any
 
 import pytest
 
-from qvlfast.engine import Engine
+from qvlfast.cost import Budget
 from qvlfast.errors import BackendError, DeadlineError, InputError, QueueFull
 from qvlfast.prompt import Prompt
 from qvlfast.request import DEFAULT_TERMS, Answer, Terms
-from qvlfast.scheduler import Budget
-from tests.stand_in import make_engine, prompt, until
+from tests.stand_in import Serving, prompt, until
 
 
 @pytest.fixture
-def engine():
-    made = make_engine()
+def serving():
+    made = Serving()
     yield made
     made.close()
 
 
-def hold(engine: Engine, terms: Terms = DEFAULT_TERMS) -> Future[Answer]:
+def hold(serving: Serving, terms: Terms = DEFAULT_TERMS) -> Future[Answer]:
     """A batch that stays in the model until the gate opens."""
-    engine.model.gate.clear()
-    begun = len(engine.model.begun)
-    future = engine.submit(lambda: prompt(1), terms)
-    until(lambda: len(engine.model.begun) > begun)
+    serving.model.gate.clear()
+    begun = len(serving.model.begun)
+    future = serving.submit(lambda: prompt(1), terms)
+    until(lambda: len(serving.model.begun) > begun)
     return future
 
 
-def test_answers_and_usage(engine: Engine) -> None:
-    future = engine.submit(lambda: prompt(1, 2, 3, 4, patches=8))
+def test_answers_and_usage(serving: Serving) -> None:
+    future = serving.submit(lambda: prompt(1, 2, 3, 4, patches=8))
     answer = future.result(10)
     assert answer.value.tolist() == [4, 4, 4]
     assert (answer.usage.tokens, answer.usage.visual_tokens) == (4, 2)
     assert answer.usage.truncated_tokens == 0 and not answer.usage.video_reduced
 
 
-def test_many_threads(engine: Engine) -> None:
+def test_many_threads(serving: Serving) -> None:
     def client(base: int) -> None:
-        futures = [engine.submit(lambda i=i: prompt(1, base + i)) for i in range(50)]
+        futures = [serving.submit(lambda i=i: prompt(1, base + i)) for i in range(50)]
         results.extend(f.result(10).value[0] == base + i for i, f in enumerate(futures))
 
     results: list[bool] = []
@@ -56,11 +55,11 @@ def test_many_threads(engine: Engine) -> None:
     assert len(results) == 300 and all(results)
 
 
-def test_one_bad_request_costs_no_other_its_answer(engine: Engine) -> None:
-    engine.model.gate.clear()
+def test_one_bad_request_costs_no_other_its_answer(serving: Serving) -> None:
+    serving.model.gate.clear()
     ids = [1, 2, 900, 4, 5, 800, 7, 901, 902, 903]
-    futures = [engine.submit(lambda i=i: prompt(i)) for i in ids]
-    engine.model.gate.set()
+    futures = [serving.submit(lambda i=i: prompt(i)) for i in ids]
+    serving.model.gate.set()
     for i, future in zip(ids, futures, strict=True):
         error = future.exception(10)
         if i == 900:
@@ -71,94 +70,94 @@ def test_one_bad_request_costs_no_other_its_answer(engine: Engine) -> None:
             assert isinstance(error, InputError) and error.code == "non_finite"
         else:
             assert error is None and future.result().value[0] == i
-    metrics = engine.metrics()
+    metrics = serving.metrics()
     assert metrics.errors == {"RuntimeError": 1, "MemoryError": 1, "non_finite": 1}
     assert (metrics.answered, metrics.failed) == (7, 3)
 
 
-def test_running_out_of_memory_shrinks_the_budget_and_goes_on(engine: Engine) -> None:
-    assert engine.submit(lambda: prompt(902)).result(10).value[0] == 902
-    assert engine.metrics().memory_faults == 1 and engine.metrics().budget_tokens == 20
-    hold(engine)
-    futures = [engine.submit(lambda: prompt(*range(10))) for _ in range(6)]
-    until(lambda: engine.metrics().waiting == 6)
-    engine.model.gate.set()
+def test_running_out_of_memory_shrinks_the_budget_and_goes_on(serving: Serving) -> None:
+    assert serving.submit(lambda: prompt(902)).result(10).value[0] == 902
+    assert serving.metrics().memory_faults == 1 and serving.metrics().budget_tokens == 20
+    hold(serving)
+    futures = [serving.submit(lambda: prompt(*range(10))) for _ in range(6)]
+    until(lambda: serving.metrics().waiting == 6)
+    serving.model.gate.set()
     for future in futures:
         future.result(10)
-    assert max(map(len, engine.model.batches)) == 2
+    assert max(map(len, serving.model.batches)) == 2
 
 
-def test_an_error_in_preparation_is_that_requests(engine: Engine) -> None:
+def test_an_error_in_preparation_is_that_requests(serving: Serving) -> None:
     def broken() -> Prompt:
         raise InputError("unreadable", "no picture")
 
-    bad, good = engine.submit(broken), engine.submit(lambda: prompt(6))
+    bad, good = serving.submit(broken), serving.submit(lambda: prompt(6))
     assert good.result(10).value[0] == 6
     with pytest.raises(InputError, match="no picture"):
         bad.result(10)
-    assert engine.metrics().errors == {"unreadable": 1} and engine.metrics().preparing == 0
+    assert serving.metrics().errors == {"unreadable": 1} and serving.metrics().preparing == 0
 
 
 def test_an_idle_engine_waits_for_what_is_being_prepared(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    scheduler = engine._scheduler
-    monkeypatch.setattr(scheduler, "lull", lambda: 10.0 if scheduler.preparing else 0.0)
-    gated = engine.submit(lambda: (gate.wait(10), prompt(1))[1])
-    others = [engine.submit(lambda: prompt(2)) for _ in range(3)]
-    until(lambda: engine.metrics().waiting == 3)
-    assert not engine.model.begun
+    lane = serving.served.lane
+    monkeypatch.setattr(serving.engine._scheduler, "lull", lambda: 10.0 if lane.preparing else 0.0)
+    gated = serving.submit(lambda: (gate.wait(10), prompt(1))[1])
+    others = [serving.submit(lambda: prompt(2)) for _ in range(3)]
+    until(lambda: serving.metrics().waiting == 3)
+    assert not serving.model.begun
     gate.set()
     for future in (gated, *others):
         future.result(10)
-    assert list(map(len, engine.model.begun)) == [4]
+    assert list(map(len, serving.model.begun)) == [4]
 
 
-def test_budget_and_per_call_budget(engine: Engine) -> None:
+def test_budget_and_per_call_budget(serving: Serving) -> None:
     def run(batch_tokens):
-        hold(engine)
-        engine.model.batches.clear()
+        hold(serving)
+        serving.model.batches.clear()
         terms = Terms(batch_tokens=batch_tokens)
-        futures = [engine.submit(lambda: prompt(*range(10)), terms) for _ in range(9)]
-        until(lambda: engine.metrics().waiting == 9)
-        engine.model.gate.set()
+        futures = [serving.submit(lambda: prompt(*range(10)), terms) for _ in range(9)]
+        until(lambda: serving.metrics().waiting == 9)
+        serving.model.gate.set()
         for future in futures:
             future.result(10)
-        return max(map(len, engine.model.batches))
+        return max(map(len, serving.model.batches))
 
     assert run(None) == 4
     assert run(20) == 2
 
 
-def test_a_request_over_the_budget_runs_alone(engine: Engine) -> None:
-    assert engine.submit(lambda: prompt(*range(500))).result(10).value[0] == 499
+def test_a_request_over_the_budget_runs_alone(serving: Serving) -> None:
+    assert serving.submit(lambda: prompt(*range(500))).result(10).value[0] == 499
 
 
-def test_cancelled_work_is_not_run(engine: Engine) -> None:
-    first = hold(engine)
-    waiting = engine.submit(lambda: prompt(2))
-    until(lambda: engine.metrics().waiting == 1)
+def test_cancelled_work_is_not_run(serving: Serving) -> None:
+    first = hold(serving)
+    waiting = serving.submit(lambda: prompt(2))
+    until(lambda: serving.metrics().waiting == 1)
     assert waiting.cancel() and waiting.cancelled()
-    assert engine.metrics().waiting == 0 and engine.metrics().cancelled == 1
+    assert serving.metrics().waiting == 0 and serving.metrics().cancelled == 1
     assert wait([waiting], 10).done == {waiting}
-    engine.model.gate.set()
+    serving.model.gate.set()
     assert first.result(10).value[0] == 1
-    assert engine.submit(lambda: prompt(3)).result(10).value[0] == 3
-    assert engine.model.batches == [[1], [3]]
+    assert serving.submit(lambda: prompt(3)).result(10).value[0] == 3
+    assert serving.model.batches == [[1], [3]]
 
 
-def test_a_batch_that_nobody_wants_is_given_up(engine: Engine) -> None:
-    running = hold(engine)
+def test_a_batch_that_nobody_wants_is_given_up(serving: Serving) -> None:
+    running = hold(serving)
     assert not running.cancel()  # too late to take it back
-    engine.model.gate.set()
+    serving.model.gate.set()
     with pytest.raises(CancelledError):
         running.result(10)
-    assert engine.submit(lambda: prompt(3)).result(10).value[0] == 3
+    assert serving.submit(lambda: prompt(3)).result(10).value[0] == 3
 
 
 def test_what_is_not_prepared_yet_can_be_cancelled() -> None:
-    engine = make_engine(host_threads=1)
+    serving = Serving(host_threads=1)
     gate = threading.Event()
 
     def slow() -> Prompt:
@@ -168,114 +167,114 @@ def test_what_is_not_prepared_yet_can_be_cancelled() -> None:
     def never() -> Prompt:
         raise AssertionError("it was prepared")
 
-    first, second = engine.submit(slow), engine.submit(never)
+    first, second = serving.submit(slow), serving.submit(never)
     assert second.cancel()
     gate.set()
     assert first.result(10).value[0] == 1
-    engine.close()
-    metrics = engine.metrics()
+    serving.close()
+    metrics = serving.metrics()
     assert (metrics.preparing, metrics.cancelled, metrics.failed) == (0, 1, 0)
 
 
-def test_a_deadline_that_passes_costs_nothing(engine: Engine) -> None:
-    first = hold(engine)
+def test_a_deadline_that_passes_costs_nothing(serving: Serving) -> None:
+    first = hold(serving)
     soon = Terms(deadline=time.monotonic() + 0.05)
-    late = engine.submit(lambda: prompt(2), soon)
+    late = serving.submit(lambda: prompt(2), soon)
     until(lambda: time.monotonic() > soon.deadline)
-    unprepared = engine.submit(lambda: prompt(2), soon)
-    engine.model.gate.set()
+    unprepared = serving.submit(lambda: prompt(2), soon)
+    serving.model.gate.set()
     for future in (late, unprepared):
         with pytest.raises(DeadlineError, match="timeout"):
             future.result(10)
     assert first.result(10).value[0] == 1
-    assert engine.model.batches == [[1]] and engine.metrics().expired == 2
+    assert serving.model.batches == [[1]] and serving.metrics().expired == 2
 
 
-def test_the_urgent_pass_a_running_batch(engine: Engine) -> None:
-    bulk = hold(engine, Terms(priority="bulk"))
+def test_the_urgent_pass_a_running_batch(serving: Serving) -> None:
+    bulk = hold(serving, Terms(priority="bulk"))
     done: list[str] = []
-    usual = engine.submit(lambda: prompt(2))
-    urgent = engine.submit(lambda: prompt(3), Terms(priority="interactive"))
-    later = engine.submit(lambda: prompt(4), Terms(priority="bulk"))
+    usual = serving.submit(lambda: prompt(2))
+    urgent = serving.submit(lambda: prompt(3), Terms(priority="interactive"))
+    later = serving.submit(lambda: prompt(4), Terms(priority="bulk"))
     for name, future in {"bulk": bulk, "usual": usual, "urgent": urgent, "later": later}.items():
         future.add_done_callback(lambda _, name=name: done.append(name))
-    until(lambda: engine.metrics().waiting == 3)
-    engine.model.gate.set()
+    until(lambda: serving.metrics().waiting == 3)
+    serving.model.gate.set()
     for future in (bulk, usual, urgent, later):
         future.result(10)
     # One batch between two pieces; `usual` comes before `bulk` goes on only if pieces are left.
     assert done[0] == "urgent" and done[-1] == "later"
-    assert engine.model.batches[1] == [3]
+    assert serving.model.batches[1] == [3]
 
 
 def test_short_requests_pass_a_long_one() -> None:
-    engine = make_engine(Budget(tokens=10_000))
-    engine.model.gate.clear()
-    long = engine.submit(lambda: prompt(*[1] * 5000))
-    until(lambda: bool(engine.model.begun))
-    short = engine.submit(lambda: prompt(5))
-    until(lambda: engine.metrics().waiting == 1)
+    serving = Serving(Budget(tokens=10_000))
+    serving.model.gate.clear()
+    long = serving.submit(lambda: prompt(*[1] * 5000))
+    until(lambda: bool(serving.model.begun))
+    short = serving.submit(lambda: prompt(5))
+    until(lambda: serving.metrics().waiting == 1)
     done: list[str] = []
     for name, future in {"long": long, "short": short}.items():
         future.add_done_callback(lambda _, name=name: done.append(name))
-    engine.model.gate.set()
-    engine.close()
+    serving.model.gate.set()
+    serving.close()
     assert done == ["short", "long"]
 
 
 def test_a_full_queue_refuses() -> None:
-    engine = make_engine(queue_work=5)
-    first = hold(engine)
-    waiting = [engine.submit(lambda: prompt(1, 2, 3))]
-    until(lambda: engine.metrics().waiting == 1)
-    waiting.append(engine.submit(lambda: prompt(1, 2, 3)))
-    until(lambda: engine.metrics().waiting == 2)
+    serving = Serving(queue_work=5)
+    first = hold(serving)
+    waiting = [serving.submit(lambda: prompt(1, 2, 3))]
+    until(lambda: serving.metrics().waiting == 1)
+    waiting.append(serving.submit(lambda: prompt(1, 2, 3)))
+    until(lambda: serving.metrics().waiting == 2)
     with pytest.raises(QueueFull) as refused:
-        engine.submit(lambda: prompt(4))
-    assert refused.value.retry_after > 0 and engine.metrics().refused == 1
-    engine.model.gate.set()
+        serving.submit(lambda: prompt(4))
+    assert refused.value.retry_after > 0 and serving.metrics().refused == 1
+    serving.model.gate.set()
     for future in (first, *waiting):
         future.result(10)
-    assert engine.submit(lambda: prompt(4)).result(10).value[0] == 4
-    engine.close()
+    assert serving.submit(lambda: prompt(4)).result(10).value[0] == 4
+    serving.close()
 
 
 def test_a_fault_in_the_engines_own_thread_is_survived(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = hold(engine)
-    lost = engine.submit(lambda: prompt(2))
-    until(lambda: engine.metrics().waiting == 1)
+    first = hold(serving)
+    lost = serving.submit(lambda: prompt(2))
+    until(lambda: serving.metrics().waiting == 1)
 
     def broken(*_: Any, **__: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(engine._scheduler, "pop", broken)
-    engine.model.gate.set()
+    monkeypatch.setattr(serving.engine._scheduler, "pop", broken)
+    serving.model.gate.set()
     with pytest.raises(AssertionError, match="a bug"):
         lost.result(10)
     assert first.result(10).value[0] == 1
-    assert engine.submit(lambda: prompt(3)).result(10).value[0] == 3
-    assert engine.metrics().waiting == engine.metrics().preparing == 0
+    assert serving.submit(lambda: prompt(3)).result(10).value[0] == 3
+    assert serving.metrics().waiting == serving.metrics().preparing == 0
 
 
-def test_prepared_pixels_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_pixels_are_bounded(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvlfast.engine._MAX_WAITING_PATCHES", 100)
-    engine.model.gate.clear()
+    serving.model.gate.clear()
     prepared = []
 
     def prepare() -> Prompt:
         prepared.append(1)
         return prompt(*range(16), patches=64)
 
-    futures = [engine.submit(prepare) for _ in range(20)]
+    futures = [serving.submit(prepare) for _ in range(20)]
     until(lambda: len(prepared) >= 3)
     time.sleep(0.2)
     # One batch in the model, two waiting (128 patches), and what two host threads had begun.
     assert len(prepared) <= 5
     # Urgent text does not wait for pictures that are not.
-    urgent = engine.submit(lambda: prompt(7), Terms(priority="interactive"))
-    engine.model.gate.set()
+    urgent = serving.submit(lambda: prompt(7), Terms(priority="interactive"))
+    serving.model.gate.set()
     assert urgent.result(10).value[0] == 7
     for future in futures:
         future.result(10)
@@ -284,49 +283,49 @@ def test_prepared_pixels_are_bounded(engine: Engine, monkeypatch: pytest.MonkeyP
 
 def test_cancelled_pictures_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvlfast.engine._MAX_WAITING_PATCHES", 100)
-    engine = make_engine()
-    first = hold(engine)
-    waiting = [engine.submit(lambda: prompt(*range(16), patches=64)) for _ in range(2)]
-    until(lambda: engine.metrics().waiting == 2)
+    serving = Serving()
+    first = hold(serving)
+    waiting = [serving.submit(lambda: prompt(*range(16), patches=64)) for _ in range(2)]
+    until(lambda: serving.metrics().waiting == 2)
     prepared = threading.Event()
-    engine.submit(lambda: (prepared.set(), prompt(2))[1])
+    serving.submit(lambda: (prepared.set(), prompt(2))[1])
     assert not prepared.wait(0.1)
     for future in waiting:
         assert future.cancel()
     assert prepared.wait(10)
-    engine.model.gate.set()
-    engine.close()
+    serving.model.gate.set()
+    serving.close()
     assert first.result(0).value[0] == 1
 
 
 def test_close_answers_what_was_accepted() -> None:
-    engine = make_engine(Budget(), host_threads=1)
-    futures = [engine.submit(lambda i=i: prompt(i)) for i in range(30)]
-    engine.close()
-    engine.close()
+    serving = Serving(Budget(), host_threads=1)
+    futures = [serving.submit(lambda i=i: prompt(i)) for i in range(30)]
+    serving.close()
+    serving.close()
     assert [f.result(0).value[0] for f in futures] == list(range(30))
     with pytest.raises(BackendError, match="closed"):
-        engine.submit(lambda: prompt(1))
+        serving.submit(lambda: prompt(1))
 
 
 def test_abandon_leaves_no_future_hanging() -> None:
     before = threading.active_count()
-    engine = make_engine(host_threads=1)
+    serving = Serving(host_threads=1)
     gate = threading.Event()
-    futures = [hold(engine)]
-    futures += [engine.submit(lambda: prompt(2))]
-    until(lambda: engine.metrics().waiting == 1)
-    futures += [engine.submit(lambda: gate.wait(10) and prompt(3)) for _ in range(3)]
+    futures = [hold(serving)]
+    futures += [serving.submit(lambda: prompt(2))]
+    until(lambda: serving.metrics().waiting == 1)
+    futures += [serving.submit(lambda: gate.wait(10) and prompt(3)) for _ in range(3)]
 
     def open_gates() -> None:
         """Only when all were failed: whatever is answered before that is no answer to this test."""
         wait(futures, timeout=10)
         gate.set()
-        engine.model.gate.set()
+        serving.model.gate.set()
 
     opener = threading.Thread(target=open_gates)
     opener.start()
-    engine.abandon()
+    serving.engine.abandon()
     opener.join()
     for future in futures:
         with pytest.raises(BackendError, match="closed before"):
@@ -336,17 +335,17 @@ def test_abandon_leaves_no_future_hanging() -> None:
 
 def test_threads_start_at_the_first_request_only() -> None:
     before = threading.active_count()
-    engine = make_engine()
+    serving = Serving()
     assert threading.active_count() == before
-    engine.close()
+    serving.close()
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_works_in_a_forked_child(engine: Engine) -> None:
-    assert engine.submit(lambda: prompt(1)).result(10).value[0] == 1
+def test_works_in_a_forked_child(serving: Serving) -> None:
+    assert serving.submit(lambda: prompt(1)).result(10).value[0] == 1
     child = os.fork()
     if child == 0:
-        ok = engine.submit(lambda: prompt(7)).result(10).value[0] == 7
+        ok = serving.submit(lambda: prompt(7)).result(10).value[0] == 7
         os._exit(0 if ok else 1)
     assert os.waitpid(child, 0)[1] == 0
 

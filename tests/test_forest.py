@@ -66,7 +66,7 @@ def common(*prompts: Prompt) -> int:
 
 
 def test_tree_of_depth_three(embedder: Embedder) -> None:
-    model = embedder._runtime.engine.model
+    model = embedder._runtime.model
     texts = ["green apples grow here", "green apples fall", "green pears", "nothing alike"]
     prompts = [embedder._prepare(text, None) for text in texts]
     plain = hidden(model, pack(prompts, 2, CPU).batch)
@@ -94,7 +94,7 @@ def test_tree_of_depth_three(embedder: Embedder) -> None:
 
 def test_resident_beginnings(embedder: Embedder) -> None:
     """Keys and values of one batch stand in for tokens of the next, through two generations."""
-    model = embedder._runtime.engine.model
+    model = embedder._runtime.model
     weights, config = model.weights.text, model.config.text
     prompts = [embedder._prepare(f"{word} is what we look for", None) for word in ("red", "blue")]
     plain = hidden(model, pack(prompts, 2, CPU).batch)
@@ -124,7 +124,7 @@ def test_resident_beginnings(embedder: Embedder) -> None:
 def test_reading_tokens_anywhere(fixture: str, request: pytest.FixtureRequest) -> None:
     """Visual tokens too, and with as many deepstack levels as layers, where nothing is pruned."""
     embedder = Embedder.from_pretrained(request.getfixturevalue(fixture))
-    model = embedder._runtime.engine.model
+    model = embedder._runtime.model
     prompt = embedder._prepare({"image": picture(96, 64), "text": "and a text"}, None)
     batch = pack([prompt], 2, CPU).batch
     everything = replace(batch, read=np.arange(len(prompt.ids)))

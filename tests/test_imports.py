@@ -146,11 +146,22 @@ def test_the_package_does_not_import_tests_or_benchmarks() -> None:
 
 
 def test_the_scheduler_knows_no_torch() -> None:
-    refuse([i for i in imports("qvlfast/scheduler.py") if i.is_of("torch")], "no torch here")
+    pure = [f"qvlfast/{name}.py" for name in ("cost", "fair", "lane", "scheduler")]
+    refuse([i for i in imports(*pure) if i.is_of("torch")], "no torch here")
 
 
 def test_ops_know_nothing_above_them() -> None:
-    above = ("batch", "engine", "model", "runtime", "scheduler", "embedder", "reranker", "server")
+    above = (
+        "batch",
+        "embedder",
+        "engine",
+        "model",
+        "reranker",
+        "runtime",
+        "scheduler",
+        "served",
+        "server",
+    )
     names = tuple(f"qvlfast.{name}" for name in above)
     found = [i for i in imports("qvlfast/ops") if i.is_of(*names)]
     refuse(found, "ops/ is below the model and whatever runs it")

@@ -242,7 +242,7 @@ def test_half_precision_is_no_further_from_the_truth(
         with Embedder.from_pretrained(
             tiny_checkpoint, device="cpu", dtype=dtype, backend=backend, quantization=plan
         ) as embedder:
-            model = embedder._runtime.engine.model
+            model = embedder._runtime.model
             if wide:
                 model.weights = widened(model.weights)
             return embedder.encode(SMALL)

@@ -292,8 +292,8 @@ def test_a_layer_of_which_only_keys_and_values_are_quantised(odd_checkpoint: Pat
                 odd_checkpoint, dtype="float32", quantization="int8"
             ) as rounded,
         ):
-            runner = rounded._runtime.engine._runner
-            model, exact = rounded._runtime.engine.model, whole._runtime.engine.model
+            runner = rounded._runtime.served.runner
+            model, exact = rounded._runtime.model, whole._runtime.model
             layers = [
                 replace(layer, q_proj=other.q_proj)
                 for layer, other in zip(

@@ -10,11 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qvlfast.cost import Budget, Cost, Media, Rates
 from qvlfast.errors import QueueFull
-from qvlfast.scheduler import LEVELS, Budget, Cost, Media, Planned, Rates, Scheduler, Ticket
+from qvlfast.lane import Lane, Planned, Ticket
+from qvlfast.scheduler import LEVELS, Scheduler
 
 AGEING = 5.0
-RATES = Rates(pair=0.01, patch=0.2, patch_pair=0.001)
+# Two models of one device, of which the second costs four times as much.
+RATES = (
+    Rates(pair=0.01, patch=0.2, patch_pair=0.001),
+    Rates(pair=0.004, patch=0.1, patch_pair=0.0005, unit=4.0),
+)
+BUDGETS = (Budget(tokens=50, patches=60, work=120), Budget(tokens=40, patches=80, work=90))
 
 
 @dataclass
@@ -26,6 +33,7 @@ class Request:
     patches: int
     level: int
     client: int
+    model: int
     patience: float
     cancelled_after: float
     batch_tokens: int | None
@@ -38,6 +46,7 @@ requests = st.builds(
     patches=st.sampled_from([0, 0, 8, 40]),
     level=st.integers(0, 2),
     client=st.integers(0, 3),
+    model=st.integers(0, 1),
     patience=st.sampled_from([math.inf, math.inf, 3.0, 0.0]),
     cancelled_after=st.sampled_from([math.inf, math.inf, 2.0]),
     batch_tokens=st.sampled_from([None, None, 30]),
@@ -55,7 +64,14 @@ class Outcome:
     waiting: list[dict[int, float]] = field(default_factory=list)  # before each batch
 
 
-def replay(trace: list[Request], scheduler: Scheduler[int], seconds: float) -> Outcome:
+def two_models() -> tuple[Scheduler[int], list[Lane[int]]]:
+    scheduler: Scheduler[int] = Scheduler(ageing=AGEING)
+    return scheduler, [scheduler.add_lane(b, r) for b, r in zip(BUDGETS, RATES, strict=True)]
+
+
+def replay(
+    trace: list[Request], scheduler: Scheduler[int], lanes: list[Lane[int]], seconds: float
+) -> Outcome:
     """Run a trace; a batch takes ``seconds`` for each hundred units of work."""
     outcome = Outcome()
     pending = sorted(range(len(trace)), key=lambda i: trace[i].arrival)
@@ -67,9 +83,10 @@ def replay(trace: list[Request], scheduler: Scheduler[int], seconds: float) -> O
         while pending and trace[pending[0]].arrival <= now:
             i = pending.pop(0)
             r = trace[i]
-            scheduler.admit()
+            lanes[r.model].admit()
             media = (Media(("one", i), r.patches, r.patches),) if r.patches else ()
             tickets[i] = scheduler.push(
+                lanes[r.model],
                 i,
                 Cost(r.tokens, media),
                 r.arrival,
@@ -98,15 +115,15 @@ def replay(trace: list[Request], scheduler: Scheduler[int], seconds: float) -> O
 
 
 def work(request: Request) -> float:
-    tower = request.patches * (RATES.patch + RATES.patch_pair * request.patches)
-    return request.tokens + RATES.pair * request.tokens**2 / 2 + tower
+    rates = RATES[request.model]
+    tower = request.patches * (rates.patch + rates.patch_pair * request.patches)
+    return request.tokens + rates.pair * request.tokens**2 / 2 + tower
 
 
 @given(traces, st.sampled_from([0.0, 0.3, 4.0]))
 def test_every_request_once_in_budget_and_in_order(trace: list[Request], seconds: float) -> None:
-    budget = Budget(tokens=50, patches=60, work=120)
-    scheduler: Scheduler[int] = Scheduler(budget, RATES, ageing=AGEING)
-    outcome = replay(trace, scheduler, seconds)
+    scheduler, lanes = two_models()
+    outcome = replay(trace, scheduler, lanes, seconds)
     ran = [i for _, batch in outcome.batches for i in batch.jobs]
     expired = [i for _, i in outcome.expired]
     assert Counter(ran + expired + list(outcome.cancelled)) == Counter(range(len(trace)))
@@ -116,24 +133,27 @@ def test_every_request_once_in_budget_and_in_order(trace: list[Request], seconds
         assert batch.patches == sum(r.patches for r in of)
         assert batch.work == pytest.approx(sum(map(work, of)))
         assert {r.level for r in of} == {batch.level}
+        assert {lanes[r.model] for r in of} == {batch.lane}
+        assert batch.operations == batch.work * RATES[of[0].model].unit
         assert all(now < r.arrival + r.patience for r in of)  # nothing that is too late
         if len(of) > 1:
+            budget = BUDGETS[of[0].model]
             limits = [r.batch_tokens for r in of if r.batch_tokens]
             assert batch.tokens <= min([budget.tokens, *limits])
             assert batch.patches <= budget.patches and batch.work <= budget.work + 1e-9
     assert all(now >= trace[i].arrival + trace[i].patience for now, i in outcome.expired)
-    for level in range(3):
-        for client in range(4):
-            line = [i for i in ran if (trace[i].level, trace[i].client) == (level, client)]
-            assert line == sorted(line, key=lambda i: (trace[i].arrival, i))
-    assert (len(scheduler), scheduler.waiting_patches, scheduler.waiting_work) == (0, 0, 0)
-    assert scheduler.pop(1e9) is None and scheduler.age(1e9) == 0
+    for line in {(r.level, r.client, r.model) for r in trace}:
+        ordered = [i for i in ran if (trace[i].level, trace[i].client, trace[i].model) == line]
+        assert ordered == sorted(ordered, key=lambda i: (trace[i].arrival, i))
+    assert (len(scheduler), scheduler.waiting_patches) == (0, 0)
+    assert scheduler.pop(1e9) is None
+    for lane in lanes:
+        assert (lane.waiting_work, lane.preparing, lane.age(1e9)) == (0, 0, 0)
 
 
 @given(traces, st.sampled_from([0.3, 4.0]))
 def test_priority_and_no_starvation(trace: list[Request], seconds: float) -> None:
-    scheduler: Scheduler[int] = Scheduler(Budget(50, 60, 120), RATES, ageing=AGEING)
-    outcome = replay(trace, scheduler, seconds)
+    outcome = replay(trace, *two_models(), seconds)
     served = [-math.inf] * 3
     waiting_since: list[float | None] = [None] * 3
     longest = max((seconds * batch.work / 100 for _, batch in outcome.batches), default=0.0)
@@ -161,11 +181,12 @@ def test_priority_and_no_starvation(trace: list[Request], seconds: float) -> Non
 )
 def test_clients_take_turns_by_work(clients: list[list[int]], budget: int) -> None:
     """While all have work waiting, none gets ahead by more than its largest requests."""
-    scheduler: Scheduler[tuple[int, int]] = Scheduler(Budget(tokens=budget))
+    scheduler: Scheduler[tuple[int, int]] = Scheduler()
+    lane = scheduler.add_lane(Budget(tokens=budget))
     for c, sizes in enumerate(clients):  # the first client has queued everything before the second
         for tokens in sizes:
-            scheduler.admit()
-            scheduler.push((c, tokens), Cost(tokens), 0.0, client=c)
+            lane.admit()
+            scheduler.push(lane, (c, tokens), Cost(tokens), 0.0, client=c)
     done, left = [0] * len(clients), [len(sizes) for sizes in clients]
     while all(left):
         batch = scheduler.pop(0.0)
@@ -177,12 +198,13 @@ def test_clients_take_turns_by_work(clients: list[list[int]], budget: int) -> No
 
 
 def test_a_client_that_pauses_neither_saves_nor_loses_turns() -> None:
-    scheduler: Scheduler[str] = Scheduler(Budget(tokens=10))
+    scheduler: Scheduler[str] = Scheduler()
+    lane = scheduler.add_lane(Budget(tokens=10))
 
     def push(client: str, count: int) -> None:
         for _ in range(count):
-            scheduler.admit()
-            scheduler.push(client, Cost(10), 0.0, client=client)
+            lane.admit()
+            scheduler.push(lane, client, Cost(10), 0.0, client=client)
 
     def run(count: int) -> str:
         return "".join(batch.jobs[0] for _ in range(count) if (batch := scheduler.pop(0.0)))
@@ -198,13 +220,14 @@ def test_a_client_that_pauses_neither_saves_nor_loses_turns() -> None:
 
 
 def test_what_others_of_the_batch_have_is_not_counted_again() -> None:
-    scheduler: Scheduler[int] = Scheduler(Budget(tokens=200, patches=100))
+    scheduler: Scheduler[int] = Scheduler()
+    lane = scheduler.add_lane(Budget(tokens=200, patches=100))
     for i in range(6):
-        scheduler.admit()
+        lane.admit()
         media = (Media("query", 64, 64),)
         own = (hash(("own", i)), 110)
         cost = Cost(120, media, ((1, 8), (2, 100), own))
-        scheduler.push(i, cost, 0.0)
+        scheduler.push(lane, i, cost, 0.0)
     batch = scheduler.pop(0.0)
     assert batch is not None
     # The first in full; of the others 20 tokens, and up to 7 that are not worth sharing.
@@ -212,18 +235,20 @@ def test_what_others_of_the_batch_have_is_not_counted_again() -> None:
 
 
 def test_work_counts_squares() -> None:
-    scheduler: Scheduler[int] = Scheduler(Budget(tokens=10_000, work=3000), Rates(pair=0.002))
+    scheduler: Scheduler[int] = Scheduler()
+    lane = scheduler.add_lane(Budget(tokens=10_000, work=3000), Rates(pair=0.002))
     for i in range(4):
-        scheduler.admit()
-        scheduler.push(i, Cost(1000), 0.0)  # 1000 linear, 1000 in attention
+        lane.admit()
+        scheduler.push(lane, i, Cost(1000), 0.0)  # 1000 linear, 1000 in attention
     assert [scheduler.pop(0.0).jobs for _ in range(4)] == [[0], [1], [2], [3]]  # type: ignore[union-attr]
 
 
 def test_only_the_more_urgent_and_the_small_pass() -> None:
-    scheduler: Scheduler[str] = Scheduler(Budget(tokens=100))
+    scheduler: Scheduler[str] = Scheduler()
+    lane = scheduler.add_lane(Budget(tokens=100))
     for job, level, tokens in [("bulk", 2, 5), ("long", 0, 50), ("short", 0, 5), ("usual", 1, 5)]:
-        scheduler.admit()
-        scheduler.push(job, Cost(tokens), 0.0, level=level, client=job)
+        lane.admit()
+        scheduler.push(lane, job, Cost(tokens), 0.0, level=level, client=job)
     small = scheduler.pop(0.0, above=2, most=10)
     assert small is not None and small.jobs == ["short"]
     assert [scheduler.pop(0.0, above=2).jobs for _ in range(2)] == [["long"], ["usual"]]  # type: ignore[union-attr]
@@ -231,34 +256,36 @@ def test_only_the_more_urgent_and_the_small_pass() -> None:
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
-    scheduler: Scheduler[int] = Scheduler(Budget(tokens=100), queue_work=250)
+    scheduler: Scheduler[int] = Scheduler()
+    lane = scheduler.add_lane(Budget(tokens=100), queue_work=250)
     for i in range(3):
-        scheduler.admit()
-        scheduler.push(i, Cost(100), 0.0)
+        lane.admit()
+        scheduler.push(lane, i, Cost(100), 0.0)
     with pytest.raises(QueueFull, match=r"try again in 1\.0 s") as refused:
-        scheduler.admit()
+        lane.admit()
     assert refused.value.queued == 300
     batch = scheduler.pop(0.0)
     assert batch is not None
     scheduler.finished(batch, 2.0, 2.0)  # 50 a second
-    scheduler.admit()  # one is being prepared: 200 waiting and 100 to come
+    lane.admit()  # one is being prepared: 200 waiting and 100 to come
     with pytest.raises(QueueFull) as refused:
-        scheduler.admit()
+        lane.admit()
     assert refused.value.retry_after == pytest.approx(150 / 50)
-    scheduler.withdraw()
-    scheduler.admit()
+    lane.withdraw()
+    lane.admit()
 
 
 def test_a_lull_is_short_beside_what_waits() -> None:
-    scheduler: Scheduler[int] = Scheduler(Budget(tokens=100))
+    scheduler: Scheduler[int] = Scheduler()
+    lane = scheduler.add_lane(Budget(tokens=100))
 
     def push(tokens: int, level: int = 1) -> None:
-        scheduler.admit()
-        scheduler.push(0, Cost(tokens), 0.0, level=level)
+        lane.admit()
+        scheduler.push(lane, 0, Cost(tokens), 0.0, level=level)
 
     push(10)
     assert scheduler.lull() == 0  # nothing is being prepared
-    scheduler.admit()
+    lane.admit()
     assert scheduler.lull() == 0.01  # no speed is known
     batch = scheduler.pop(0.0)
     assert batch is not None
@@ -275,34 +302,75 @@ def test_a_lull_is_short_beside_what_waits() -> None:
 
 
 def test_the_budget_shrinks_and_grows_again() -> None:
-    scheduler: Scheduler[int] = Scheduler(Budget(tokens=8, patches=3, work=100))
+    scheduler: Scheduler[int] = Scheduler()
+    lane = scheduler.add_lane(Budget(tokens=8, patches=3, work=100))
     for _ in range(5):
-        scheduler.shrink()
-    assert scheduler.budget == Budget(1, 1, 3.125)
+        lane.shrink()
+    assert lane.budget == Budget(1, 1, 3.125)
     for _ in range(64 * 5):
-        scheduler.finished(Planned(0), 0.0, 0.0)
-    assert scheduler.budget == Budget(8, 3, 100)
+        scheduler.finished(Planned(lane, 0), 0.0, 0.0)
+    assert lane.budget == Budget(8, 3, 100)
 
 
-def test_drain_leaves_nothing() -> None:
-    scheduler: Scheduler[int] = Scheduler(Budget())
-    for i in range(5):
-        scheduler.admit()
-        scheduler.push(i, Cost(1), 0.0, level=i % 3, deadline=1.0 if i == 4 else math.inf)
-    scheduler.pop(2.0, above=0)  # notices that 4 is late
-    assert sorted(scheduler.drain()) == [0, 1, 2, 3, 4]
-    assert len(scheduler) == 0 and scheduler.drain() == [] and scheduler.pop(2.0) is None
+def test_clients_take_turns_whichever_models_they_use() -> None:
+    """One who uses two models gets no more than one who uses one, by what the work costs."""
+    scheduler, lanes = two_models()
+    for client, model in (("both", 0), ("both", 1), ("cheap", 0), ("dear", 1)):
+        for _ in range(100):
+            lanes[model].admit()
+            number = ["both", "cheap", "dear"].index(client)
+            scheduler.push(lanes[model], number, Cost(30), 0.0, client=client)
+    given = [0.0] * 3
+    for _ in range(60):
+        batch = scheduler.pop(0.0)
+        assert batch is not None and len(batch.jobs) == 1
+        given[batch.jobs[0]] += batch.operations
+    dearest = Cost(30).work(RATES[1]) * RATES[1].unit
+    assert max(given) - min(given) <= 2 * dearest
+
+
+def test_a_batch_is_of_the_model_whose_client_is_in_turn() -> None:
+    scheduler, lanes = two_models()
+    for number, model in enumerate([1, 0, 0, 1]):
+        lanes[model].admit()
+        scheduler.push(lanes[model], number, Cost(10), 0.0, client=number)
+    assert [scheduler.pop(0.0).jobs for _ in range(2)] == [[0, 3], [1, 2]]  # type: ignore[union-attr]
+
+
+def test_what_passes_is_small_by_what_it_costs() -> None:
+    """A request to a dearer model is not small because it has few tokens."""
+    scheduler, lanes = two_models()
+    for model, tokens in ((1, 20), (0, 20)):
+        lanes[model].admit()
+        scheduler.push(lanes[model], model, Cost(tokens), 0.0, client=model)
+    small = scheduler.pop(0.0, most=50)
+    assert small is not None and small.jobs == [0] and scheduler.pop(0.0, most=50) is None
+    assert scheduler.pop(0.0) is not None
+
+
+def test_a_model_that_goes_leaves_the_others() -> None:
+    scheduler, lanes = two_models()
+    for model in (0, 1):
+        lanes[model].admit()
+        scheduler.cancel(scheduler.push(lanes[model], model, Cost(1), 0.0, deadline=1.0))
+        lanes[model].admit()
+        scheduler.push(lanes[model], model, Cost(1), 0.0)
+    assert scheduler.pop(0.0).jobs == [0]  # type: ignore[union-attr]
+    scheduler.remove_lane(lanes[0])
+    assert len(scheduler) == 1 and scheduler.pop(2.0).jobs == [1]  # type: ignore[union-attr]
+    assert scheduler.pop(2.0) is None and scheduler.expired(2.0) == []
 
 
 def test_tickets_that_left_out_of_turn_are_forgotten() -> None:
-    scheduler: Scheduler[int] = Scheduler(Budget())
-    scheduler.admit()
-    scheduler.push(0, Cost(1), 0.0)
+    scheduler: Scheduler[int] = Scheduler()
+    lane = scheduler.add_lane(Budget())
+    lane.admit()
+    scheduler.push(lane, 0, Cost(1), 0.0)
     for i in range(1, 5000):
-        scheduler.admit()
-        scheduler.cancel(scheduler.push(i, Cost(1), 0.0, client=i, deadline=1e6))
+        lane.admit()
+        scheduler.cancel(scheduler.push(lane, i, Cost(1), 0.0, client=i, deadline=1e6))
         scheduler.pop(0.0, above=1)
-    assert len(scheduler._deadlines) <= 1030 and len(scheduler._arrivals[1]) <= 1030
+    assert len(scheduler._deadlines) <= 1030 and len(lane.arrivals[1]) <= 1030
 
 
 @pytest.mark.parametrize(("tokens", "patches"), [(0, 1), (1, 0), (-5, 1)])
@@ -319,7 +387,8 @@ def test_what_is_left_of_a_batch_costs_what_it_would_alone(
     made: list[tuple[int, bool, bool]], picture: int
 ) -> None:
     """Each request has a length, perhaps a beginning and a picture of all, and stays or not."""
-    scheduler: Scheduler[int] = Scheduler(Budget(), RATES)
+    scheduler: Scheduler[int] = Scheduler()
+    lane = scheduler.add_lane(Budget(), RATES[0])
     media = (Media("one", picture, picture),) if picture else ()
     costs = [
         Cost(20 + n, media, ((1, 20),) if shared else ((2 + i, 20),))
@@ -328,8 +397,8 @@ def test_what_is_left_of_a_batch_costs_what_it_would_alone(
 
     def batch_of(jobs: list[int]) -> Planned[int]:
         for i in jobs:
-            scheduler.admit()
-            scheduler.push(i, costs[i], 0.0)
+            lane.admit()
+            scheduler.push(lane, i, costs[i], 0.0)
         batch = scheduler.pop(0.0)
         assert batch is not None and batch.jobs == jobs
         return batch
@@ -337,7 +406,7 @@ def test_what_is_left_of_a_batch_costs_what_it_would_alone(
     whole = batch_of(list(range(len(costs))))
     left = [i for i, (_, _, stays) in enumerate(made) if stays]
     rest = scheduler.remainder(whole, [(i, costs[i]) for i in left])
-    alone = batch_of(left) if left else Planned[int](1)
+    alone = batch_of(left) if left else Planned[int](lane, 1)
     assert (rest.level, rest.jobs) == (1, left)
     assert (rest.tokens, rest.patches) == (alone.tokens, alone.patches)
     assert math.isclose(rest.work, alone.work)

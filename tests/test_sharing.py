@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from qvlfast import Embedder, Reranker
 from qvlfast.batch import pack
-from qvlfast.scheduler import Budget, Cost, Scheduler
+from qvlfast.cost import Budget, Cost
+from qvlfast.scheduler import Scheduler
 from qvlfast.sharing import Keys, Tree, no_sharing, prefix_tree
 from tests.samples import frames, picture
 
@@ -74,10 +75,11 @@ def test_short_beginnings_are_not_worth_a_segment(keys: list[np.ndarray]) -> Non
 )
 def test_no_batch_is_larger_than_the_scheduler_thinks(keys: list[np.ndarray], most: int) -> None:
     """It compares hashes at a few lengths, and must not count on sharing that does not happen."""
-    scheduler: Scheduler[Keys] = Scheduler(Budget(tokens=most))
+    scheduler: Scheduler[Keys] = Scheduler()
+    lane = scheduler.add_lane(Budget(tokens=most))
     for own in map(Keys.of, keys):
-        scheduler.admit()
-        scheduler.push(own, Cost(len(own.tokens), (), own.prefixes()), 0.0)
+        lane.admit()
+        scheduler.push(lane, own, Cost(len(own.tokens), (), own.prefixes()), 0.0)
     found = 0
     while (batch := scheduler.pop(0.0)) is not None:
         tree = prefix_tree(batch.jobs)
@@ -149,7 +151,7 @@ def test_work_is_shared(embedders: tuple[Embedder, Embedder]) -> None:
     assert len(shared.batch.vision.stills) == 2 * 24
     assert len(plain.batch.vision.videos) == 2 * len(shared.batch.vision.videos)
     assert shared.rows[0] == shared.rows[1] and len(plain.batch.read) == len(prompts)
-    model = embedder._runtime.engine.model
+    model = embedder._runtime.model
     results = [model.forward(p.batch)[p.rows] for p in (shared, plain)]
     torch.testing.assert_close(*results, atol=TOLERANCE, rtol=TOLERANCE)
 

@@ -9,51 +9,60 @@ import threading
 import time
 import tracemalloc
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from qvlfast.cost import Budget
 from qvlfast.engine import Engine
 from qvlfast.errors import DeadlineError, InputError, QueueFull
 from qvlfast.prompt import Prompt
-from qvlfast.request import Job, Pending, Terms
+from qvlfast.request import Pending, Terms
 from qvlfast.runner import Sharing
-from qvlfast.scheduler import LEVELS, Budget
-from tests.stand_in import make_engine, prompt
+from qvlfast.scheduler import LEVELS
+from qvlfast.served import Job
+from tests.stand_in import Serving, prompt
 
 POISON, NOT_A_NUMBER = 900, 800
 WINDOW = 40
 
 
-def faulty_engine(seed: int) -> Engine:
-    """A stand-in that runs out of memory in one batch of fifty."""
-    engine = make_engine(
-        Budget(tokens=300, patches=64),
-        Sharing(prefixes=True, cache_bytes=16_000, vision_cache_bytes=400),
-        queue_work=20_000,
-        ageing=0.05,
-    )
-    model: Any = engine.model
+def faulty_models(seed: int) -> list[Serving]:
+    """Two stand-ins in one engine, each of which runs out of memory in one batch of fifty."""
+    engine = Engine(ageing=0.05, host_threads=2)
     dice = random.Random(seed)
-    usual = model.break_down
+    made = []
+    for tokens in (300, 200):
+        serving = Serving(
+            Budget(tokens=tokens, patches=64),
+            Sharing(prefixes=True, cache_bytes=64_000, vision_cache_bytes=400),
+            engine=engine,
+            queue_work=10_000,
+        )
+        model: Any = serving.model
+        model.break_down = partial(break_down, dice, model.break_down)
+        model.batches = model.begun = deque(maxlen=1)
+        made.append(serving)
+    return made
 
-    def break_down(ids: torch.Tensor) -> None:
-        if dice.random() < 0.02:
-            raise MemoryError
-        usual(ids)
 
-    model.break_down = break_down
-    model.batches = model.begun = deque(maxlen=1)
-    return engine
+def break_down(
+    dice: random.Random, usual: Callable[[torch.Tensor], None], ids: torch.Tensor
+) -> None:
+    if dice.random() < 0.02:
+        raise MemoryError
+    usual(ids)
 
 
 class Client:
     """Sends requests, gives up on some, and checks what comes back."""
 
-    def __init__(self, engine: Engine, seed: int, count: int) -> None:
-        self._engine = engine
+    def __init__(self, models: Sequence[Serving], seed: int, count: int) -> None:
+        self._models = models
         self._dice = random.Random(seed)
         self._count = count
         self._pending: deque[tuple[Pending, int, Terms]] = deque()
@@ -102,7 +111,8 @@ class Client:
                 raise InputError("unreadable", "no picture")
             return prompt(*ids, patches=patches)
 
-        self._pending.append((self._engine.submit(prepare, terms), -1 if broken else last, terms))
+        future = dice.choice(self._models).submit(prepare, terms)
+        self._pending.append((future, -1 if broken else last, terms))
 
     def _check(self, future: Pending, last: int, terms: Terms) -> None:
         try:
@@ -129,27 +139,35 @@ class Client:
 
 def soak(clients: int, count: int, seed: int) -> Counter[str]:
     """Run them; returns how often each outcome was."""
-    engine = faulty_engine(seed)
-    made = [Client(engine, seed + i, count) for i in range(clients)]
+    models = faulty_models(seed)
+    made = [Client(models, seed + i, count) for i in range(clients)]
     threads = [threading.Thread(target=client.run) for client in made]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    engine.close()
+    for serving in models:
+        serving.close()
     outcomes: Counter[str] = sum((client.outcomes for client in made), Counter())
     refused = outcomes.pop("QueueFull", 0)
     assert [wrong for client in made for wrong in client.wrong] == []
     assert sum(outcomes.values()) == clients * count
-    metrics = engine.metrics()
-    assert metrics.submitted == clients * count and metrics.refused == refused
-    assert metrics.answered == outcomes["answered"] > 0.7 * clients * count
-    assert metrics.cancelled == outcomes["cancelled"] and metrics.expired == outcomes["late"]
+    counts = [serving.metrics() for serving in models]
+
+    def total(name: str) -> int:
+        return sum(getattr(metrics, name) for metrics in counts)
+
+    assert total("submitted") == clients * count and total("refused") == refused
+    assert total("answered") == outcomes["answered"] > 0.7 * clients * count
+    assert total("cancelled") == outcomes["cancelled"] and total("expired") == outcomes["late"]
     failed = sum(outcomes[name] for name in ("unreadable", "non_finite", "memory", "poison"))
-    assert metrics.failed == failed and metrics.memory_faults > 0
-    assert (metrics.waiting, metrics.preparing, metrics.waiting_work) == (0, 0, 0)
-    assert metrics.prefix_cache.hits and metrics.vision_cache.hits and metrics.answer_cache.hits
-    assert not engine._open
+    assert total("failed") == failed and total("memory_faults") > 0
+    for metrics, serving in zip(counts, models, strict=True):
+        assert (metrics.waiting, metrics.preparing, metrics.waiting_work) == (0, 0, 0)
+        assert not serving.served.open
+    for name in ("prefix_cache", "vision_cache", "answer_cache"):
+        assert sum(getattr(metrics, name).hits for metrics in counts), name
+    assert not models[0].engine._models
     return outcomes
 
 
