@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_pack.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -15,9 +16,11 @@ namespace qvlfast {
 namespace {
 
 constexpr int64_t kTaskRows = 48;
-constexpr int64_t kMostHeadDim = 256;
 // Keys are padded for the products that take the most at once.
 constexpr int64_t kStep = 32;
+// Segments are worked on in groups of about so many packed keys: what is packed for one stays in
+// the caches until it is used, and little memory is needed for all.
+constexpr int64_t kGroupPlaces = 8192;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -57,56 +60,129 @@ class Attention {
         shared_(q.shape[1] / k.shape[1]) {}
 
   void run() {
-    place_segments();
+    measure();
+    const std::vector<Task> tasks = cut_tasks();
+    mark_ancestors();
+    const std::vector<Group> groups = place(tasks);
+    int64_t most = 0;
+    for (const Group& group : groups) {
+      most = std::max(most, group.places);
+    }
+    places_ = shared_places_ + most;
     static thread_local Scratch key_memory;
     static thread_local Scratch value_memory;
     keys_ = static_cast<char*>(key_memory.get(key_heads_ * places_ * q_width_ * size_));
     values_ = static_cast<char*>(value_memory.get(key_heads_ * places_ * width_ * size_));
-    pack();
-    const std::vector<Task> tasks = cut_tasks();
-    const auto count = static_cast<int64_t>(tasks.size());
-    parallel_for(count * key_heads_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        attend(tasks[static_cast<size_t>(i % count)], i / count);
-      }
-    });
+    pack(ancestors_, [&](int64_t s) { return Range{first_packed(s), full(s)}; });
+    for (const Group& group : groups) {
+      pack(group.segments, [&](int64_t s) { return own(s); });
+      parallel_for(group.tasks * key_heads_, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          attend(tasks[static_cast<size_t>(group.first_task + i % group.tasks)], i / group.tasks);
+        }
+      });
+    }
   }
 
  private:
-  // A segment's keys are packed in whole blocks, cut at multiples of kKeyBlock from the beginning
-  // of its sequence: a block that it shares with its ancestors is packed again for each of them,
-  // so that a block is always one piece and sums go on in the same order.
-  void place_segments() {
+  // Of places in a sequence.
+  struct Range {
+    int64_t begin;
+    int64_t end;
+  };
+
+  // Neighbouring segments whose queries are answered together.
+  struct Group {
+    std::vector<int64_t> segments;
+    int64_t first_task;
+    int64_t tasks;
+    int64_t places;
+  };
+
+  void measure() {
     for (int64_t s = 0; s < forest_.segments; ++s) {
       const int32_t parent = forest_.parent[s];
-      start_.push_back(parent < 0 ? 0 : end_[static_cast<size_t>(parent)]);
+      start_.push_back(parent < 0 ? 0 : end(parent));
       end_.push_back(start_.back() + forest_.cu_k[s + 1] - forest_.cu_k[s]);
-      first_place_.push_back(places_);
-      places_ += round_up(end_.back() - first_packed(s), kStep);
     }
   }
 
   int64_t start(int64_t s) const { return start_[static_cast<size_t>(s)]; }
   int64_t end(int64_t s) const { return end_[static_cast<size_t>(s)]; }
-  // Where the blocks that are packed for a segment begin in its sequence.
+
+  // A segment's keys are packed in whole blocks, cut at multiples of kKeyBlock from the beginning
+  // of its sequence: a block that it shares with its ancestors is packed again for each of them,
+  // so that a block is always one piece and sums go on in the same order. Those that follow it use
+  // its full blocks, and it alone the one after these.
   int64_t first_packed(int64_t s) const { return start(s) / kKeyBlock * kKeyBlock; }
+  int64_t full(int64_t s) const { return end(s) / kKeyBlock * kKeyBlock; }
+
+  // The segments that are followed by any with queries.
+  void mark_ancestors() {
+    is_ancestor_.assign(static_cast<size_t>(forest_.segments), false);
+    for (int64_t s = forest_.segments - 1; s >= 0; --s) {
+      const auto at = static_cast<size_t>(s);
+      if (forest_.parent[s] >= 0 && (is_ancestor_[at] || asked_[at])) {
+        is_ancestor_[static_cast<size_t>(forest_.parent[s])] = true;
+      }
+    }
+  }
+
+  // Decides where keys are packed: full blocks of ancestors to stay, the others group by group in
+  // the places behind those.
+  std::vector<Group> place(const std::vector<Task>& tasks) {
+    first_place_.assign(static_cast<size_t>(forest_.segments), 0);
+    for (int64_t s = 0; s < forest_.segments; ++s) {
+      if (is_ancestor_[static_cast<size_t>(s)]) {
+        ancestors_.push_back(s);
+        first_place_[static_cast<size_t>(s)] = shared_places_ - first_packed(s);
+        shared_places_ += full(s) - first_packed(s);
+      }
+    }
+    tail_place_ = first_place_;
+    std::vector<Group> groups;
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      const int64_t s = tasks[i].segment;
+      const auto at = static_cast<size_t>(s);
+      if (i == 0 || s != tasks[i - 1].segment) {
+        const int64_t places = round_up(own(s).end - own(s).begin, kStep);
+        if (groups.empty() || groups.back().places + places > kGroupPlaces) {
+          groups.push_back({{}, static_cast<int64_t>(i), 0, 0});
+        }
+        tail_place_[at] = shared_places_ + groups.back().places - own(s).begin;
+        if (!is_ancestor_[at]) {
+          first_place_[at] = tail_place_[at];
+        }
+        groups.back().segments.push_back(s);
+        groups.back().places += places;
+      }
+      ++groups.back().tasks;
+    }
+    return groups;
+  }
+
+  // What is packed of a segment for its own queries alone.
+  Range own(int64_t s) const {
+    return {is_ancestor_[static_cast<size_t>(s)] ? full(s) : first_packed(s), end(s)};
+  }
 
   // Block `from`.. of a segment's sequence, among those that were packed for it.
   KeyBlock block_of(int64_t s, int64_t head, int64_t from) const {
-    const int64_t place =
-        head * places_ + first_place_[static_cast<size_t>(s)] + from - first_packed(s);
+    const auto at = static_cast<size_t>(s);
+    const int64_t first = from < full(s) ? first_place_[at] : tail_place_[at];
+    const int64_t place = head * places_ + first + from;
     return {keys_ + place * q_width_ * size_, values_ + place * width_ * size_,
             std::min(kKeyBlock, round_up(end(s) - from, kStep))};
   }
 
-  void pack() {
-    parallel_for(forest_.segments * key_heads_, 1, [&](int64_t begin, int64_t end) {
+  template <typename RangeOf>
+  void pack(const std::vector<int64_t>& segments, RangeOf range_of) {
+    const auto count = static_cast<int64_t>(segments.size());
+    parallel_for(count * key_heads_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t s = i / key_heads_;
-        if (forest_.cu_k[s] == forest_.cu_k[s + 1]) {
-          continue;
-        }
-        for (int64_t from = first_packed(s); from < this->end(s); from += kKeyBlock) {
+        const int64_t s = segments[static_cast<size_t>(i / key_heads_)];
+        const Range range = range_of(s);
+        for (int64_t from = range.begin; from < range.end; from += kKeyBlock) {
           pack_block(s, i % key_heads_, from);
         }
       }
@@ -130,8 +206,9 @@ class Attention {
     auto* to_keys = static_cast<char*>(const_cast<void*>(block.keys));
     auto* to_values = static_cast<char*>(const_cast<void*>(block.values));
     if (operand_ == DType::bf16) {
-      pack_half_keys(keys, used, block.count, reinterpret_cast<uint32_t*>(to_keys));
-      pack_half_values(values, used, block.count, reinterpret_cast<uint32_t*>(to_values));
+      pack_half_keys(keys, used, block.count, dim_, q_width_, reinterpret_cast<uint32_t*>(to_keys));
+      pack_half_values(values, used, block.count, dim_, width_,
+                       reinterpret_cast<uint32_t*>(to_values));
     } else {
       pack_float_keys(keys, used, block.count, reinterpret_cast<float*>(to_keys));
       for (int64_t j = 0; j < block.count; ++j) {
@@ -159,48 +236,6 @@ class Attention {
     }
   }
 
-  // Pairs of neighbouring values of a key lie together, as one 32-bit word.
-  void pack_half_keys(const void* const* keys, int64_t used, int64_t count, uint32_t* out) const {
-    const int64_t words = q_width_ / 2;
-    alignas(64) uint16_t rows[kPanel][kMostHeadDim] = {};
-    for (int64_t first = 0; first < count; first += kPanel, out += words * kPanel) {
-      for (int64_t c = 0; c < kPanel; ++c) {
-        if (first + c < used) {
-          std::memcpy(rows[c], keys[first + c], static_cast<size_t>(dim_) * 2);
-        } else {
-          std::memset(rows[c], 0, static_cast<size_t>(dim_) * 2);
-        }
-      }
-      for (int64_t w = 0; w < words; ++w) {
-        for (int64_t c = 0; c < kPanel; ++c) {
-          std::memcpy(out + w * kPanel + c, &rows[c][2 * w], 4);
-        }
-      }
-    }
-  }
-
-  // Values of two neighbouring keys lie together, as one 32-bit word.
-  void pack_half_values(const void* const* values, int64_t used, int64_t count,
-                        uint32_t* out) const {
-    alignas(64) uint16_t rows[2][kMostHeadDim] = {};
-    for (int64_t j = 0; j < count; j += 2) {
-      for (int64_t i = 0; i < 2; ++i) {
-        if (j + i < used) {
-          std::memcpy(rows[i], values[j + i], static_cast<size_t>(dim_) * 2);
-        } else {
-          std::memset(rows[i], 0, static_cast<size_t>(dim_) * 2);
-        }
-      }
-      for (int64_t panel = 0; panel < width_ / kPanel; ++panel) {
-        uint32_t* to = out + (panel * count / 2 + j / 2) * kPanel;
-        for (int64_t c = 0; c < kPanel; ++c) {
-          to[c] = rows[0][panel * kPanel + c] | static_cast<uint32_t>(rows[1][panel * kPanel + c])
-                                                    << 16;
-        }
-      }
-    }
-  }
-
   std::vector<Task> cut_tasks() {
     std::vector<Task> tasks;
     first_query_.resize(static_cast<size_t>(forest_.segments));
@@ -212,6 +247,7 @@ class Attention {
         last = std::lower_bound(read_, read_ + reads_, last) - read_;
       }
       first_query_[static_cast<size_t>(s)] = first;
+      asked_.push_back(last > first);
       const int64_t rows = (last - first) * shared_;
       for (int64_t row = 0; row < rows; row += kTaskRows) {
         tasks.push_back({s, row, std::min(kTaskRows, rows - row)});
@@ -300,14 +336,20 @@ class Attention {
   const int64_t q_width_;  // of a row of queries and of a key
   const int64_t width_;    // of a row of values
   const int64_t key_heads_;
-  const int64_t shared_;  // query heads of a key head
-  int64_t places_ = 0;    // of packed keys, for each key head
+  const int64_t shared_;       // query heads of a key head
+  int64_t places_ = 0;         // of packed keys, for each key head
+  int64_t shared_places_ = 0;  // the first of those, for ancestors
   char* keys_ = nullptr;
   char* values_ = nullptr;
   std::vector<int64_t> start_;  // of a segment, counted from the beginning of its sequence
   std::vector<int64_t> end_;
-  std::vector<int64_t> first_place_;
   std::vector<int64_t> first_query_;
+  std::vector<bool> asked_;  // has queries that are wanted
+  std::vector<bool> is_ancestor_;
+  std::vector<int64_t> ancestors_;
+  // Where the beginning of a segment's sequence would be packed, for its full blocks and the last.
+  std::vector<int64_t> first_place_;
+  std::vector<int64_t> tail_place_;
 };
 
 void check_forest(const SegmentForest& f) {

@@ -132,7 +132,7 @@ def _new_block(size: int, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)
     size = -(-size // _HUGE) * _HUGE
     try:
-        # Private: shared memory gets no large pages, and a forked child would write into its parent's.
+        # Private: shared memory gets no large pages, and a forked child would write into it.
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no {size} bytes for activations: {error}") from None

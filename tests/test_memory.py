@@ -127,7 +127,7 @@ def compare(
     config, model = load(checkpoint, backend, dtype, plan)
     setup = replace(form_of(plan), dtype=dtype, backend=backend)
     predicted = peak_activations(config, setup, tokens=tokens, patches=patches)
-    predicted -= _scratch(config, setup, tokens, patches)
+    predicted -= _scratch(config, setup, tokens, patches, 8192)
     prompts = _prompts(config, tokens, patches, 8192)
     found = measured(model, prompts, ArenaPlan.measure(config, setup))
     # Below: torch makes fewer copies on a CPU than it does for tensors without storage, in the

@@ -552,6 +552,35 @@ def test_attention_does_not_depend_on_how_a_sequence_is_cut(
 
 
 @each_isa
+def test_many_segments_in_one_call(isa: str, rng: np.random.Generator) -> None:
+    """More than are worked on together, some of which nobody asks: the same bits as alone."""
+    prefix = (250, 0, -1)  # its last block is packed anew for each that follows
+    follows = [(300 if i % 3 else 4, 2 if i % 5 else 0, 0) for i in range(45)]
+    lengths = [prefix, *follows, (9, 9, 3), (600, 3, -1)]
+    keys = sum(n for n, _, _ in lengths)
+    queries = sum(n for _, n, _ in lengths)
+    q = draw(rng, queries, 2, 64, dtype=torch.bfloat16)
+    k, v = (draw(rng, keys, 1, 64, dtype=torch.bfloat16) for _ in range(2))
+    out = poisoned(queries, 2, 64, dtype=torch.bfloat16)
+    _C.attention(q, k, v, *edges(lengths), True, 0.125, None, out, isa)
+    cu_q, cu_k, parents = edges(lengths)
+    for segment, (own, asked, parent) in enumerate(lengths):
+        if asked:
+            chain = [segment]
+            while parents[chain[0]] >= 0:
+                chain.insert(0, parents[chain[0]])
+            places = np.concatenate([np.arange(cu_k[s], cu_k[s + 1]) for s in chain])
+            before = len(places) - own
+            alone = [(before, 0, -1), (own, asked, 0)] if parent >= 0 else [(own, asked, -1)]
+            rows = slice(cu_q[segment], cu_q[segment + 1])
+            single = poisoned(asked, 2, 64, dtype=torch.bfloat16)
+            _C.attention(
+                q[rows], k[places], v[places], *edges(alone), True, 0.125, None, single, isa
+            )
+            assert torch.equal(single, out[rows]), segment
+
+
+@each_isa
 @pytest.mark.parametrize("size", [1e-4, 30.0, 1e4])
 def test_attention_at_extreme_scores(isa: str, size: float, rng: np.random.Generator) -> None:
     length, heads, dim = 40, 1, 8
