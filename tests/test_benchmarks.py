@@ -76,3 +76,17 @@ def test_kernels_against_torch(tmp_path: Path) -> None:
     assert {row["format"] for row in rows} == {"bf16", "int8", "int4"}
     # Two roundings to bfloat16 at most, of attention's weights and of results.
     assert all(float(row["error"]) < 2.0**-8 for row in rows)
+
+
+@pytest.mark.slow
+def test_stages_in_turn_and_side_by_side(tmp_path: Path) -> None:
+    out = tmp_path / "stages.csv"
+    command = ["benchmarks.stages", "--shape", "tiny", "--dtype", "float32", "--side", "64"]
+    run(*command, "--seconds", "0.2", "--rounds", "2", "--out", str(out))
+    text, vision, both = csv.DictReader(out.open())
+    assert (text["stage"], vision["stage"], both["stage"]) == ("text", "vision", "both")
+    for row in (text, vision):
+        ratio = float(row["in_turn"]) / float(row["side_by_side"])
+        assert float(row["ratio"]) == pytest.approx(ratio, rel=0.1)
+    total = float(text["ratio"]) + float(vision["ratio"])
+    assert float(both["ratio"]) == pytest.approx(total, abs=2e-3)
