@@ -67,8 +67,13 @@ def choose_ops(
         return Ops()
     if refusal:
         return _fast_reference(device)
+    from . import _C
     from .backends.native import NativeOps
 
+    try:
+        _C.isa()
+    except ValueError as error:  # of QVLFAST_ISA
+        raise BackendError(str(error)) from None
     return NativeOps()
 
 

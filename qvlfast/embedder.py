@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
+from .arguments import listed, many
 from .errors import BatchError
 from .inputs import parse_item
 from .metrics import Metrics
@@ -30,6 +30,7 @@ from .runtime import (
     Priority,
     Runtime,
     check_choice,
+    check_runtime,
     warn_if_truncated,
 )
 from .vectors import VECTOR_TYPES, VectorType, convert, cut, similarity
@@ -47,7 +48,7 @@ class Embedder:
     """
 
     def __init__(self, runtime: Runtime, default_instruction: str | None = None) -> None:
-        self._runtime = runtime
+        self._runtime = check_runtime(runtime, "Embedder")
         self._default_instruction = default_instruction
 
     @classmethod
@@ -210,7 +211,7 @@ class Embedder:
         """
         form = _Form(dimensions, normalize, output, convert_to, on_error, details)
         self._check(form)
-        single, items = _listed(inputs)
+        single, items = listed(inputs)
         outcomes = self._runtime.run(
             (self._request(item, instruction) for item in items),
             total=len(items),
@@ -250,7 +251,7 @@ class Embedder:
         gives up its work."""
         form = _Form(dimensions, normalize, output, convert_to, on_error, details)
         self._check(form)
-        single, items = _listed(inputs)
+        single, items = listed(inputs)
         outcomes = self._runtime.run_async(
             (self._request(item, instruction) for item in items),
             terms=Terms.make(
@@ -284,13 +285,17 @@ class Embedder:
     ) -> Iterator[Any]:
         """Embed an endless or huge iterable in bounded memory.
 
+        What a generator yields is copied when it is taken, so it may use an array, a picture or a
+        dict again. That reads a picture that was opened and not yet loaded: files are read in
+        parallel if their paths are yielded.
+
         Yields:
             For each input in order its vector ``[D]``. With ``on_error="return"`` a failed
             item yields its exception instead; with ``raise`` the first one is raised.
         """
         form = _Form(dimensions, normalize, output, "numpy", on_error, False)
         self._check(form)
-        requests = (self._request(item, instruction) for item in inputs)
+        requests = (self._request(item, instruction) for item in many("inputs", inputs))
         terms = Terms.make(
             priority=priority,
             client=client,
@@ -299,9 +304,12 @@ class Embedder:
             vision_cache=vision_cache,
             size=form.size(self.dimensions),
         )
+        warned = False
         for outcome in self._runtime.run(requests, terms=terms):
             if isinstance(outcome, Answer):
-                warn_if_truncated([outcome.usage])
+                if outcome.usage.truncated_tokens and not warned:
+                    warned = True
+                    warn_if_truncated([outcome.usage])
                 vector, _ = convert(form.finished(outcome.value[None]), output)
                 yield vector[0]
             elif on_error == "raise":
@@ -323,7 +331,8 @@ class Embedder:
 
     def process(self, inputs: Sequence[Mapping[str, Any]], normalize: bool = True) -> torch.Tensor:
         """The method of the official script: dicts in, a float32 tensor ``[N, D]`` out."""
-        vectors: torch.Tensor = self.encode(list(inputs), normalize=normalize, convert_to="torch")
+        items = list(many("inputs", inputs))
+        vectors: torch.Tensor = self.encode(items, normalize=normalize, convert_to="torch")
         return vectors
 
     def metrics(self) -> Metrics:
@@ -360,7 +369,11 @@ class Embedder:
         check_choice("output", form.output, VECTOR_TYPES)
         check_choice("convert_to", form.convert_to, ("numpy", "torch"))
         check_choice("on_error", form.on_error, ("raise", "return"))
-        if form.dimensions is not None and not 1 <= form.dimensions <= self.dimensions:
+        if form.dimensions is None:
+            return
+        if isinstance(form.dimensions, bool) or not isinstance(form.dimensions, int | np.integer):
+            raise TypeError(f"dimensions is {form.dimensions!r}: use a whole number, or None")
+        if not 1 <= form.dimensions <= self.dimensions:
             raise ValueError(
                 f"dimensions is {form.dimensions}: this model's vectors have "
                 f"{self.dimensions} values"
@@ -419,9 +432,3 @@ class _Gathered:
         else:
             self.errors[index] = outcome
             self.usage.append(None)
-
-
-def _listed(inputs: Any) -> tuple[bool, list[Any]]:
-    """Whether it is a single input, and all inputs."""
-    single = isinstance(inputs, str | bytes | Mapping | Image.Image | np.ndarray)
-    return single, [inputs] if single else list(inputs)

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, InvalidStateError
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from . import _C
 from .cost import Budget
 from .errors import BackendError, DeadlineError, InputError, QueueFull
+from .execution import LATE, Execution
 from .host import HostPool
 from .lane import Planned
 from .metrics import Metrics
@@ -38,18 +39,10 @@ from .served import Job, Served
 # Prepared pixels that may wait for the models; beyond it the host threads pause. One patch of a
 # still is 768 bytes, so this is about 200 MB.
 _MAX_WAITING_PATCHES = 1 << 18
-# A request of so much work lets others of its level pass that are this much smaller.
-_LONG, _SHORTER = 4096, 16
-
-_LATE = "not answered within its timeout: dropped"
 _NON_FINITE = (
     "the model answered NaN or infinity for this input: with float16 weights load with "
     "dtype='bfloat16'; with others the checkpoint is damaged (run it on a plain text to see)"
 )
-
-
-class _NotWantedError(Exception):
-    """Everybody who waited for this batch has gone."""
 
 
 class Engine:
@@ -65,6 +58,9 @@ class Engine:
     def __init__(self, *, ageing: float = 5.0, host_threads: int | None = None) -> None:
         self._ageing = ageing
         self._host_threads = host_threads or _C.num_threads()
+        self._execution = Execution(
+            self._let_pass, self._memory_ran_out, answer=self._answer, fail=self._fail
+        )
         self._models: set[Served] = set()  # that accept requests, or have some that are open
         self._reset()
         _ENGINES.add(self)
@@ -114,23 +110,32 @@ class Engine:
         """
         job = Job(served, prepare, terms, LEVELS.index(terms.priority), Pending())
         job.future.on_cancel = partial(self._cancelled, job)
-        counters = served.runner.counters
-        with self._lock:
-            if served.closed:
-                raise BackendError("this model was closed: load it again to use it")
-            try:
-                served.lane.admit()
-            except QueueFull:
-                counters.add(refused=1)
-                raise
-            if self._host is None:
-                self._host = HostPool(self._host_threads, self._prepare, self._has_room)
-                self._thread = threading.Thread(target=self._loop, name="qvlfast", daemon=True)
-                self._thread.start()
-            served.open.add(job)
-            counters.add(submitted=1)
-            self._host.submit(job, job.level, terms.client)
+        try:
+            with self._lock:
+                self._admit(job)
+        except BaseException:  # Ctrl-C in the middle of it, too
+            self._settle(job)
+            raise
         return job.future
+
+    def _admit(self, job: Job) -> None:
+        """Take a request in. Under the lock."""
+        served, counters = job.served, job.served.runner.counters
+        if served.closed:
+            raise BackendError("this model was closed: load it again to use it")
+        try:
+            served.lane.admit()
+        except QueueFull:
+            counters.add(refused=1)
+            raise
+        job.counted = True
+        served.open.add(job)
+        if self._host is None:
+            self._host = HostPool(self._host_threads, self._prepare, self._has_room)
+            self._thread = threading.Thread(target=self._loop, name="qvlfast", daemon=True)
+            self._thread.start()
+        self._host.submit(job, job.level, job.terms.client)
+        counters.add(submitted=1)
 
     def metrics(self, served: Served) -> Metrics:
         """Counters and gauges of a model as they are now."""
@@ -230,7 +235,7 @@ class Engine:
             return None
         start = time.perf_counter()
         if time.monotonic() >= job.terms.deadline:
-            raise DeadlineError(_LATE)
+            raise DeadlineError(LATE)
         runner = job.served.runner
         ready = runner.ready(prepare(), job.terms.vision_cache, job.terms.size)
         runner.counters.add_seconds("prepare", time.perf_counter() - start)
@@ -271,7 +276,7 @@ class Engine:
         before, start = self._seconds, time.perf_counter()
         try:
             planned = self._answer_known(running, planned)
-            self._run(planned.jobs, planned)
+            self._execution.run(planned.jobs, planned)
         except BaseException as error:
             for job in running:
                 self._fail(job, error)
@@ -295,7 +300,7 @@ class Engine:
                 elif self._settle(job):
                     job.served.runner.counters.add(cancelled=1)
         for job in expired:
-            self._fail(job, DeadlineError(_LATE))
+            self._fail(job, DeadlineError(LATE))
         if planned is not None or expired:
             self._made_room()
         return planned, running
@@ -338,58 +343,19 @@ class Engine:
         for job in lost:
             self._fail(job, error)
 
-    def _run(self, jobs: Sequence[Job], planned: Planned[Job], again: bool = True) -> None:
-        """Run a batch; if it fails, halve it until the failing request stands alone."""
-        if not jobs:
-            return
-        try:
-            values = self._drive(jobs, planned)
-        except _NotWantedError:
-            for job in jobs:
-                self._fail(job, CancelledError() if job.future.unwanted else DeadlineError(_LATE))
-        except BaseException as error:
-            out_of_memory = _is_memory_fault(error)
-            if out_of_memory:
-                jobs[0].served.runner.counters.add(memory_faults=1)
-                self._free_memory()
-                with self._lock:
-                    planned.lane.shrink()
-            if len(jobs) > 1:
-                middle = len(jobs) // 2
-                self._run(jobs[:middle], planned)
-                self._run(jobs[middle:], planned)
-            elif out_of_memory and again:
-                self._run(jobs, planned, again=False)
-            else:
-                self._fail(jobs[0], error)
-        else:
-            for job, value in zip(jobs, values, strict=True):
-                self._answer(job, value)
-
-    def _free_memory(self) -> None:
-        """Drop what all models keep, since they share the device."""
+    def _memory_ran_out(self, planned: Planned[Job]) -> None:
+        """Drop what all models keep, since they share the device; this one's batches are smaller
+        from now on."""
         with self._lock:
+            planned.lane.shrink()
             runners = [served.runner for served in self._models]
         for runner in runners:
             runner.forget()
 
-    def _drive(self, jobs: Sequence[Job], planned: Planned[Job]) -> list[NDArray[np.float32]]:
-        """Run the pieces of a batch; in between, one batch of what may pass it."""
-        above, most = planned.level, math.inf
-        if len(jobs) == 1 and planned.work >= _LONG:
-            above, most = planned.level + 1, planned.operations / _SHORTER
-        runner = jobs[0].served.runner
-        pieces = runner.run([job.ready for job in jobs if job.ready is not None])
-        with contextlib.closing(pieces):
-            while True:
-                result = _next(pieces)
-                if result is not None:
-                    return result
-                now = time.monotonic()
-                if not any(job.wanted(now) for job in jobs):
-                    raise _NotWantedError
-                if len(self._scheduler):
-                    self._step(above, most)
+    def _let_pass(self, above: int, most: float) -> None:
+        """Between two pieces: run one batch that may pass, if any waits."""
+        if len(self._scheduler):
+            self._step(above, most)
 
     # In any thread.
 
@@ -451,24 +417,6 @@ class Engine:
                 served.open.clear()
                 self._give_lane(served)
                 self._let_go(served)
-
-
-def _next(
-    pieces: Generator[None, None, list[NDArray[np.float32]]],
-) -> list[NDArray[np.float32]] | None:
-    """Run one piece; the result, if it was the last."""
-    try:
-        next(pieces)
-    except StopIteration as stop:
-        return stop.value
-    return None
-
-
-def _is_memory_fault(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # torch's own allocator for the CPU has no class for it.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -90,6 +90,10 @@ class Terms:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout is {timeout}: use seconds above 0, or None")
         deadline = math.inf if timeout is None else time.monotonic() + timeout
+        try:
+            hash(client)
+        except TypeError:
+            raise TypeError(f"client is {client!r}: use something hashable, or None") from None
         # A call that does not say for whom it asks is a client of its own.
         owner = object() if client is None else client
         return cls(priority, owner, deadline, batch_tokens, vision_cache, size)

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from .arguments import many
+from .arguments import pairs as listed_pairs
 from .errors import BatchError, InputError
 from .inputs import Item, parse_item
 from .metrics import Metrics
@@ -31,6 +32,7 @@ from .runtime import (
     Priority,
     Runtime,
     check_choice,
+    check_runtime,
     warn_if_truncated,
 )
 
@@ -47,7 +49,7 @@ class Reranker:
     """
 
     def __init__(self, runtime: Runtime, default_instruction: str | None = None) -> None:
-        self._runtime = runtime
+        self._runtime = check_runtime(runtime, "Reranker")
         self._default_instruction = default_instruction
 
     @classmethod
@@ -141,7 +143,7 @@ class Reranker:
             query: one input. An empty one (``None``, ``""`` or ``{}``) gives an empty list.
             documents: inputs.
             instruction: what counts as relevant; the query's own ``instruction`` comes first.
-            top_k: return only the best.
+            top_k: return only the best, and those that failed.
             return_documents: put the document itself into its result.
             on_error: ``raise`` scores the good documents, then raises one :class:`BatchError`;
                 ``return`` puts failed ones last, with score NaN and an ``error``.
@@ -156,7 +158,7 @@ class Reranker:
             BatchError: some documents failed, and ``on_error`` is ``raise``.
         """
         form = _Ranking(top_k, return_documents, on_error)
-        documents = list(documents)
+        documents = list(many("documents", documents))
         if _is_empty(query) or not documents:
             return []
         terms = Terms.make(
@@ -194,7 +196,7 @@ class Reranker:
         """:meth:`rank` for a coroutine: other tasks go on meanwhile, and cancelling this one
         gives up its work."""
         form = _Ranking(top_k, return_documents, on_error)
-        documents = list(documents)
+        documents = list(many("documents", documents))
         if _is_empty(query) or not documents:
             return []
         terms = Terms.make(
@@ -230,7 +232,7 @@ class Reranker:
         """Score (query, document) pairs.
 
         Args:
-            pairs: a list of pairs, or one pair as a tuple.
+            pairs: a list of pairs, or one pair, as a tuple or a list.
             instruction: what counts as relevant; a query's own ``instruction`` comes first.
             on_error, details, priority, client, timeout, vision_cache: as in
                 :meth:`qvlfast.Embedder.encode`; the scores are the ``vectors`` of the result.
@@ -242,7 +244,7 @@ class Reranker:
             BatchError: some pairs failed, and ``on_error`` is ``raise``.
         """
         check_choice("on_error", on_error, ("raise", "return"))
-        single, items = _pairs(pairs)
+        single, items = listed_pairs(pairs)
         outcomes = self._runtime.run(
             (partial(self._prepare_pair, pair, instruction) for pair in items),
             total=len(items),
@@ -273,7 +275,7 @@ class Reranker:
         """:meth:`predict` for a coroutine: other tasks go on meanwhile, and cancelling this one
         gives up its work."""
         check_choice("on_error", on_error, ("raise", "return"))
-        single, items = _pairs(pairs)
+        single, items = listed_pairs(pairs)
         outcomes = self._runtime.run_async(
             (partial(self._prepare_pair, pair, instruction) for pair in items),
             terms=Terms.make(
@@ -297,6 +299,10 @@ class Reranker:
 
         Returns:
             The score of each document in order; an empty list without query or documents.
+
+        Raises:
+            InputError: the query is at fault, or a key is unknown.
+            BatchError: some documents failed.
         """
         unknown = [key for key in inputs if key not in _PROCESS_KEYS]
         if unknown:
@@ -307,8 +313,11 @@ class Reranker:
         if _is_empty(query) or not documents:
             return []
         sampling = {k: inputs[k] for k in ("fps", "max_frames") if inputs.get(k) is not None}
-        pairs = [(_with(query, sampling), _with(document, sampling)) for document in documents]
-        scores: NDArray[np.float32] = self.predict(pairs, inputs.get("instruction"))
+        item, instruction = parse_item(_with(query, sampling)), inputs.get("instruction")
+        media = self._query_media(item, instruction)
+        sampled = [_with(document, sampling) for document in many("documents", documents)]
+        outcomes = self._runtime.run(self._against(item, media, sampled, instruction))
+        scores = _predicted(_scored(list(outcomes)), False, "raise", False)
         return [float(score) for score in scores]
 
     def metrics(self) -> Metrics:
@@ -425,9 +434,10 @@ def _scored(outcomes: Sequence[Answer | Exception]) -> Encoded:
 
 def _ranked(scored: Encoded, documents: Sequence[Any], form: _Ranking) -> list[dict[str, Any]]:
     """What :meth:`Reranker.rank` returns or raises."""
-    order = np.argsort(-scored.vectors, kind="stable")  # NaN sorts last
+    order = np.argsort(-scored.vectors, kind="stable").tolist()  # NaN sorts last
+    good = len(order) - len(scored.errors)
     results = []
-    for index in order.tolist()[: form.top_k]:
+    for index in order[:good][: form.top_k] + order[good:]:
         result: dict[str, Any] = {"index": index, "score": float(scored.vectors[index])}
         if form.return_documents:
             result["document"] = documents[index]
@@ -437,12 +447,6 @@ def _ranked(scored: Encoded, documents: Sequence[Any], form: _Ranking) -> list[d
     if scored.errors and form.on_error == "raise":
         raise BatchError(results, scored.errors)
     return results
-
-
-def _pairs(pairs: Any) -> tuple[bool, list[Any]]:
-    """Whether it is a single pair, and all pairs."""
-    single = isinstance(pairs, tuple) and len(pairs) == 2
-    return single, [pairs] if single else list(pairs)
 
 
 def _predicted(scored: Encoded, single: bool, on_error: OnError, details: bool) -> Any:

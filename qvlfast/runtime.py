@@ -126,14 +126,21 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
 
 
+def check_runtime(runtime: object, kind: str) -> Runtime:
+    """Raise TypeError unless a class was made by its ``from_pretrained``."""
+    if not isinstance(runtime, Runtime):
+        raise TypeError(f"{kind}({runtime!r}): use {kind}.from_pretrained(...) to load a model")
+    return runtime
+
+
 def warn_if_truncated(usage: Sequence[Usage | None], stacklevel: int = 3) -> None:
     """Warn once about all items of a call that lost text."""
     short = [i for i, u in enumerate(usage) if u is not None and u.truncated_tokens]
     if short:
         warnings.warn(
             f"{len(short)} of {len(usage)} inputs were longer than max_length and lost text from "
-            f"their end (the first is item {short[0]}); details=True says how much, "
-            "truncate=False makes it an error",
+            f"their end (the first is item {short[0]}): truncate=False makes it an error, and "
+            "details=True, where a call has it, says how much",
             TruncationWarning,
             stacklevel=stacklevel,
         )
@@ -235,6 +242,11 @@ class Runtime:
         engine = engine_of(torch_device)
         served = engine.serve(runner, budget, queue_work=queue_tokens or math.inf)
         return cls(config, prompter, engine, served, options)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a loaded model cannot be pickled or copied: call from_pretrained in each process"
+        )
 
     @property
     def model(self) -> Model:
@@ -350,10 +362,15 @@ class _Bar(tqdm):
 
 async def _outcome_async(future: Pending) -> Answer | Exception:
     waiting = asyncio.wrap_future(future)
+    waiting.add_done_callback(_see)
     await asyncio.wait([waiting])
-    if not waiting.cancelled():
-        waiting.exception()  # seen: otherwise asyncio logs that nobody did
     return _outcome(future)
+
+
+def _see(future: asyncio.Future[Answer]) -> None:
+    """Otherwise asyncio logs that nobody looked at an exception, also after a cancellation."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _outcome(future: Pending) -> Answer | Exception:

@@ -54,7 +54,7 @@ class Job:
     future: Pending
     ready: Ready | None = None
     ticket: Ticket[Job] | None = None
-    counted: bool = True
+    counted: bool = False
     gone: bool = False
 
     def wanted(self, now: float) -> bool:

@@ -1,0 +1,72 @@
+"""What callers pass for inputs and pairs: one or many, and still the same when their turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_ONE = (str, bytes, Mapping, Image.Image)
+
+
+def listed(inputs: Any) -> tuple[bool, list[Any]]:
+    """Whether it is a single input, and all inputs.
+
+    Raises:
+        TypeError: neither an input nor an iterable of them.
+    """
+    if _is_one(inputs):
+        return True, [inputs]
+    if not isinstance(inputs, Iterable):
+        raise TypeError(
+            f"the input is {inputs!r} of type {type(inputs).__name__}: pass a string, a picture, a "
+            "dict such as {'image': path}, or a list of those"
+        )
+    return False, [*many("inputs", inputs)]
+
+
+def many(name: str, values: Any) -> Iterator[Any]:
+    """The inputs of a call that takes a list of them, one by one.
+
+    A generator may fill the same array, picture or dict again and again, so what it yields is
+    copied.
+
+    Raises:
+        TypeError: a single input, whose letters, keys or rows nobody meant, or no iterable.
+    """
+    if _is_one(values) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} is one {type(values).__name__}: pass a list of inputs")
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    return map(_copied, values) if isinstance(values, Iterator) else iter(values)
+
+
+def pairs(values: Any) -> tuple[bool, list[Any]]:
+    """Whether it is a single pair, a list or tuple of two inputs, and all pairs.
+
+    Raises:
+        TypeError: neither a pair nor an iterable of pairs.
+    """
+    two = isinstance(values, list | tuple) and len(values) == 2
+    if two and not isinstance(values[0], list | tuple):
+        return True, [values]
+    return False, [*many("pairs", values)]
+
+
+def _is_one(value: Any) -> bool:
+    """Arrays are pictures, unless they are of strings or objects."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind not in "USO"
+    return isinstance(value, _ONE)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, np.ndarray | Image.Image):
+        return value.copy()
+    if isinstance(value, Mapping):
+        return {key: _copied(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(part) for part in value]
+    return value
