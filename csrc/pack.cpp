@@ -150,8 +150,7 @@ void copy_floats(const void* row, DType dtype, int64_t first, int64_t count, boo
   }
 }
 
-// Products of a channel's values and multipliers must be int8, which is what some kernels make
-// them.
+// Values of a channel times their multipliers must be int8: some kernels widen them to it.
 void require_int8(const uint8_t* pairs, const uint8_t* factors, int64_t k, int64_t group,
                   int64_t channel) {
   for (int64_t first = 0; first < k; first += group) {
