@@ -2,7 +2,7 @@
 // namespace.
 
 // Row i of scores sees `visible` keys; the rest up to `padded` become minus infinity. The largest
-// of them and of `before`.
+// of them and of `before`, NaN left out.
 inline float largest_score(float* scores, int64_t visible, int64_t padded, float before) {
   const float nothing = -std::numeric_limits<float>::infinity();
   for (int64_t j = visible; j < padded; ++j) {
@@ -86,12 +86,10 @@ inline void attend_with(const AttentionArgs& a, const KeyBlock& block, const int
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      typename Form::Weight* made = weights + r * kKeyBlock;
-      if (now[r] == -std::numeric_limits<float>::infinity()) {
-        std::memset(made, 0, static_cast<size_t>(keys) * sizeof *made);
-        continue;
-      }
-      a.sum[row + r] += Form::weigh(scores + r * kKeyBlock, keys, a.scale, now[r], made);
+      // Without a maximum, scores are minus infinity, whose weight is 0, or NaN, which stays.
+      const bool none = now[r] == -std::numeric_limits<float>::infinity();
+      a.sum[row + r] += Form::weigh(scores + r * kKeyBlock, keys, a.scale, none ? 0.0F : now[r],
+                                    weights + r * kKeyBlock);
     }
     // Products may take 16 rows at a time.
     for (int64_t r = rows; r < std::min(kRows, (rows + 15) / 16 * 16); ++r) {

@@ -12,7 +12,6 @@ inline F exp2_short(F x) {
 #if defined(QVLFAST_EMULATE)
   return exp2_of(x);
 #else
-  // Where x is NaN, max returns its second operand.
   // Where x is NaN, max returns its second operand. Masks of ones: GCC 12 warns of the plain forms.
   const __m512 clamped = _mm512_maskz_max_ps(0xFFFF, _mm512_set1_ps(-150.0F), x);
   const F f = _mm512_reduce_ps(clamped, _MM_FROUND_TO_NEG_INF);  // x - floor(x)

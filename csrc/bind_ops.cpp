@@ -38,10 +38,7 @@ Isa chosen(const std::optional<std::string>& name) {
   throw std::invalid_argument("isa '" + *name + "' is unknown; use scalar, avx2, avx512 or amx");
 }
 
-// Capsules of the parts of a weight, which live as long as the call.
-using Parts = std::vector<TensorView>;
-
-std::vector<QuantisedPart> pairs(const std::vector<std::tuple<TensorView, TensorView>>& parts) {
+std::vector<QuantisedPart> pairs(const std::vector<std::tuple<Tensor, Tensor>>& parts) {
   std::vector<QuantisedPart> made;
   for (const auto& [values, scale] : parts) {
     made.push_back({values, {}, scale});
@@ -49,8 +46,7 @@ std::vector<QuantisedPart> pairs(const std::vector<std::tuple<TensorView, Tensor
   return made;
 }
 
-std::vector<QuantisedPart> triples(
-    const std::vector<std::tuple<TensorView, TensorView, TensorView>>& parts) {
+std::vector<QuantisedPart> triples(const std::vector<std::tuple<Tensor, Tensor, Tensor>>& parts) {
   std::vector<QuantisedPart> made;
   for (const auto& [values, multiplier, scale] : parts) {
     made.push_back({values, multiplier, scale});
@@ -67,27 +63,29 @@ void bind_weights(py::module_& m) {
       .def_property_readonly("nbytes", &PackedWeight::nbytes);
   m.def(
       "pack_floats",
-      [](const Parts& parts, const std::string& format, bool gated) {
+      [](const std::vector<Tensor>& parts, const std::string& format, bool gated) {
         if (format != "f32" && format != "bf16") {
           throw std::invalid_argument("format '" + format + "' is unknown; use f32 or bf16");
         }
-        return pack_floats(parts, format == "f32" ? Format::f32 : Format::bf16, gated);
+        const std::vector<TensorView> views(parts.begin(), parts.end());
+        return pack_floats(views, format == "f32" ? Format::f32 : Format::bf16, gated);
       },
       py::arg("parts"), py::arg("format"), py::arg("gated") = false, Unlocked());
   m.def(
       "pack_int8",
-      [](const std::vector<std::tuple<TensorView, TensorView>>& parts, bool gated) {
+      [](const std::vector<std::tuple<Tensor, Tensor>>& parts, bool gated) {
         return pack_int8(pairs(parts), gated);
       },
       py::arg("parts"), py::arg("gated") = false, Unlocked());
   m.def(
       "pack_int4",
-      [](const std::vector<std::tuple<TensorView, TensorView, TensorView>>& parts, int64_t group,
-         bool gated) { return pack_int4(triples(parts), group, gated); },
+      [](const std::vector<std::tuple<Tensor, Tensor, Tensor>>& parts, int64_t group, bool gated) {
+        return pack_int4(triples(parts), group, gated);
+      },
       py::arg("parts"), py::arg("group"), py::arg("gated") = false, Unlocked());
   m.def(
       "unpack",
-      [](const PackedWeight& weight, const TensorView& out) {
+      [](const PackedWeight& weight, const Tensor& out) {
         require_dense("out", out, {weight.n, weight.k}, {DType::f32});
         unpack(weight, out.as<float>());
       },
@@ -98,61 +96,61 @@ void bind_rows(py::module_& m) {
   using Name = std::optional<std::string>;
   m.def(
       "quantise_rows",
-      [](const TensorView& x, const TensorView& values, const TensorView& scale, const Name& isa) {
+      [](const Tensor& x, const Tensor& values, const Tensor& scale, const Name& isa) {
         quantise_rows(x, values, scale, chosen(isa));
       },
       py::arg("x"), py::arg("values"), py::arg("scale"), py::arg("isa") = py::none(), Unlocked());
   m.def(
       "quantise_int4",
-      [](const TensorView& x, int64_t group, const TensorView& pairs, const TensorView& multiplier,
-         const TensorView& scale,
+      [](const Tensor& x, int64_t group, const Tensor& pairs, const Tensor& multiplier,
+         const Tensor& scale,
          const Name& isa) { quantise_int4(x, group, pairs, multiplier, scale, chosen(isa)); },
       py::arg("x"), py::arg("group"), py::arg("pairs"), py::arg("multiplier"), py::arg("scale"),
       py::arg("isa") = py::none(), Unlocked());
   m.def(
       "pool",
-      [](const TensorView& x, const TensorView& read, const TensorView& weight, float eps,
-         bool unit, const TensorView& out,
+      [](const Tensor& x, const Tensor& read, const Tensor& weight, float eps, bool unit,
+         const Tensor& out,
          const Name& isa) { pool(x, read, weight, eps, unit, out, chosen(isa)); },
       py::arg("x"), py::arg("read"), py::arg("weight"), py::arg("eps"), py::arg("unit"),
       py::arg("out"), py::arg("isa") = py::none(), Unlocked());
   m.def(
       "score",
-      [](const TensorView& x, const TensorView& read, const TensorView& weight, float eps,
-         const TensorView& answers, const TensorView& out,
+      [](const Tensor& x, const Tensor& read, const Tensor& weight, float eps,
+         const Tensor& answers, const Tensor& out,
          const Name& isa) { score(x, read, weight, eps, answers, out, chosen(isa)); },
       py::arg("x"), py::arg("read"), py::arg("weight"), py::arg("eps"), py::arg("answers"),
       py::arg("out"), py::arg("isa") = py::none(), Unlocked());
   m.def(
       "rms_norm",
-      [](const TensorView& x, const TensorView& weight, float eps, const TensorView& out,
-         const Name& isa) { rms_norm(x, weight, eps, out, chosen(isa)); },
+      [](const Tensor& x, const Tensor& weight, float eps, const Tensor& out, const Name& isa) {
+        rms_norm(x, weight, eps, out, chosen(isa));
+      },
       py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"), py::arg("isa") = py::none(),
       Unlocked());
   m.def(
       "rms_norm_rows",
-      [](const TensorView& x, const TensorView& weight, float eps, const TensorView& values,
-         const TensorView& scale,
+      [](const Tensor& x, const Tensor& weight, float eps, const Tensor& values,
+         const Tensor& scale,
          const Name& isa) { rms_norm_rows(x, weight, eps, values, scale, chosen(isa)); },
       py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("values"), py::arg("scale"),
       py::arg("isa") = py::none(), Unlocked());
   m.def(
       "layer_norm",
-      [](const TensorView& x, const TensorView& weight, const TensorView& bias, float eps,
-         const TensorView& out,
+      [](const Tensor& x, const Tensor& weight, const Tensor& bias, float eps, const Tensor& out,
          const Name& isa) { layer_norm(x, weight, bias, eps, out, chosen(isa)); },
       py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("out"),
       py::arg("isa") = py::none(), Unlocked());
   m.def(
       "rope",
-      [](const TensorView& x, const TensorView& cos, const TensorView& sin, const TensorView& out,
+      [](const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& out,
          const Name& isa) { rope(x, cos, sin, out, chosen(isa)); },
       py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("out"), py::arg("isa") = py::none(),
       Unlocked());
   m.def(
       "norm_rope",
-      [](const TensorView& x, const TensorView& weight, const TensorView& cos,
-         const TensorView& sin, float eps, const TensorView& out,
+      [](const Tensor& x, const Tensor& weight, const Tensor& cos, const Tensor& sin, float eps,
+         const Tensor& out,
          const Name& isa) { norm_rope(x, weight, cos, sin, eps, out, chosen(isa)); },
       py::arg("x"), py::arg("weight"), py::arg("cos"), py::arg("sin"), py::arg("eps"),
       py::arg("out"), py::arg("isa") = py::none(), Unlocked());
@@ -161,9 +159,9 @@ void bind_rows(py::module_& m) {
 void bind_attention(py::module_& m) {
   m.def(
       "attention",
-      [](const TensorView& q, const TensorView& k, const TensorView& v, const Indices32& cu_q,
+      [](const Tensor& q, const Tensor& k, const Tensor& v, const Indices32& cu_q,
          const Indices32& cu_k, const Indices32& parent, bool causal, float scale,
-         const std::optional<Indices64>& read, const TensorView& out,
+         const std::optional<Indices64>& read, const Tensor& out,
          const std::optional<std::string>& isa) {
         if (cu_q.ndim() != 1 || cu_k.ndim() != 1 || parent.ndim() != 1 ||
             cu_q.size() != parent.size() + 1 || cu_k.size() != parent.size() + 1) {
@@ -186,9 +184,9 @@ void bind_ops(py::module_& m) {
   bind_weights(m);
   m.def(
       "gemm",
-      [](const TensorView& x, const TensorView& x_scale, const PackedWeight& weight,
-         const TensorView& bias, const std::string& activation, const TensorView& residual,
-         const TensorView& out, const std::optional<std::string>& isa) {
+      [](const Tensor& x, const Tensor& x_scale, const PackedWeight& weight, const Tensor& bias,
+         const std::string& activation, const Tensor& residual, const Tensor& out,
+         const std::optional<std::string>& isa) {
         gemm(x, x_scale, weight, bias, activation, residual, out, chosen(isa));
       },
       py::arg("x"), py::arg("x_scale"), py::arg("weight"), py::arg("bias"), py::arg("activation"),

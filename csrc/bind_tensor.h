@@ -1,5 +1,5 @@
-// Python tensors as TensorView: a DLPack capsule, or anything with __dlpack__; None is a view
-// without data. The capsule is borrowed for the call and not consumed.
+// Python tensors: a DLPack capsule, or anything with __dlpack__; None is a view without data. The
+// capsule is kept for the call and not consumed.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,6 +22,12 @@ struct DlTensor {
   int64_t* shape;
   int64_t* strides;
   uint64_t byte_offset;
+};
+
+// A view with what owns its memory: the elements of a list outlive their casters. To be copied with
+// the GIL held alone; as a TensorView it may be copied at any time.
+struct Tensor : TensorView {
+  pybind11::object capsule;
 };
 
 inline DType dtype_of(const DlTensor& t) {
@@ -50,23 +56,23 @@ namespace pybind11 {
 namespace detail {
 
 template <>
-struct type_caster<qvlfast::TensorView> {
-  PYBIND11_TYPE_CASTER(qvlfast::TensorView, const_name("Tensor"));
+struct type_caster<qvlfast::Tensor> {
+  PYBIND11_TYPE_CASTER(qvlfast::Tensor, const_name("Tensor"));
 
   bool load(handle source, bool) {
-    value = qvlfast::TensorView{};
+    value = qvlfast::Tensor{};
     if (source.is_none()) {
       return true;
     }
     if (PyCapsule_IsValid(source.ptr(), "dltensor") != 0) {
-      capsule_ = reinterpret_borrow<object>(source);
+      value.capsule = reinterpret_borrow<object>(source);
     } else if (hasattr(source, "__dlpack__")) {
-      capsule_ = source.attr("__dlpack__")();
+      value.capsule = source.attr("__dlpack__")();
     } else {
       return false;
     }
-    const auto* t =
-        static_cast<const qvlfast::DlTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
+    const auto* t = static_cast<const qvlfast::DlTensor*>(
+        PyCapsule_GetPointer(value.capsule.ptr(), "dltensor"));
     if (t == nullptr) {
       throw error_already_set();
     }
@@ -84,13 +90,11 @@ struct type_caster<qvlfast::TensorView> {
       dense *= t->shape[i];
     }
     if (value.data == nullptr) {
-      value.data = &value;  // of an empty tensor: not None
+      static char nothing;
+      value.data = &nothing;  // of an empty tensor: not None
     }
     return true;
   }
-
- private:
-  object capsule_;
 };
 
 }  // namespace detail

@@ -54,7 +54,11 @@ bool request_amx_permission() {
 CpuFeatures detect() {
   CpuFeatures f;
   const CpuidRegisters leaf1 = cpuid(1, 0);
+  const CpuidRegisters leaf7 = cpuid(7, 0);
+  const CpuidRegisters leaf7_1 = cpuid(7, 1);
   f.ssse3 = bit(leaf1.ecx, 9);
+  f.bmi1 = bit(leaf7.ebx, 3);
+  f.bmi2 = bit(leaf7.ebx, 8);
 
   const bool osxsave = bit(leaf1.ecx, 27);
   const uint64_t xcr0 = osxsave ? read_xcr0() : 0;
@@ -65,8 +69,6 @@ CpuFeatures detect() {
   const bool avx512_saved = (xcr0 & kAvx512State) == kAvx512State;
   const bool tiles_saved = (xcr0 & kTileState) == kTileState;
 
-  const CpuidRegisters leaf7 = cpuid(7, 0);
-  const CpuidRegisters leaf7_1 = cpuid(7, 1);
   if (avx_saved) {
     f.avx2 = bit(leaf7.ebx, 5);
     f.fma = bit(leaf1.ecx, 12);
@@ -145,6 +147,8 @@ std::vector<std::pair<const char*, bool>> cpu_feature_list() {
       {"avx2", f.avx2},
       {"fma", f.fma},
       {"f16c", f.f16c},
+      {"bmi1", f.bmi1},
+      {"bmi2", f.bmi2},
       {"avx512f", f.avx512f},
       {"avx512bw", f.avx512bw},
       {"avx512dq", f.avx512dq},
@@ -179,7 +183,7 @@ Isa best_isa() {
   return Isa::amx;
 #else
   const CpuFeatures& f = cpu_features();
-  if (!(f.avx2 && f.fma && f.f16c)) {
+  if (!(f.avx2 && f.fma && f.f16c && f.bmi1 && f.bmi2)) {
     return Isa::scalar;
   }
   if (!(f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl && f.avx512_vnni)) {

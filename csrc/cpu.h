@@ -12,6 +12,8 @@ struct CpuFeatures {
   bool avx2 = false;
   bool fma = false;
   bool f16c = false;
+  bool bmi1 = false;
+  bool bmi2 = false;
   bool avx512f = false;
   bool avx512bw = false;
   bool avx512dq = false;
@@ -29,7 +31,7 @@ struct CpuFeatures {
 // Ordered: each includes all before it. Arm has `scalar` alone; its flags are separate.
 enum class Isa {
   scalar,
-  avx2,    // AVX2, FMA, F16C
+  avx2,    // AVX2, FMA, F16C, BMI1 and BMI2
   avx512,  // F, BW, DQ, VL and VNNI
   amx,     // avx512, tiles with int8 and bf16
 };

@@ -243,7 +243,7 @@ void gemm(const TensorView& x, const TensorView& x_scale, const PackedWeight& we
   if (residual.data != nullptr) {
     require("residual", residual, {m, width}, {DType::f32, DType::bf16});
   }
-  require("out", y, {m, width}, {DType::f32, DType::bf16});
+  require_distinct("out", y, {m, width}, {DType::f32, DType::bf16});
   if (m == 0) {
     return;
   }

@@ -126,7 +126,7 @@ inline void tile_panels(int64_t rows, const uint8_t* x, int64_t row_bytes, const
   }
 }
 
-// int4 weights of `count` inputs from input k on as int8: value times multiplier, 126 at most.
+// int4 weights of `count` inputs from input k on as int8: value times multiplier, 127 at most.
 inline void widen_int4(const PackedWeight& weight, int64_t panel, int64_t k, int64_t count,
                        int8_t* out) {
   const uint8_t* w = weight.panel(panel) + k * kPanel / 2;

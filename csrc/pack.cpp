@@ -15,6 +15,11 @@ namespace {
 // All of K of four panels of a small weight still make a task that is worth handing over.
 constexpr int64_t kPanelsAtOnce = 4;
 
+// Of a weight: beyond any memory, and far enough below 2^63 for everything computed from it here.
+constexpr int64_t kMostValues = int64_t{1} << 48;
+// 2^17 products of int8, of at most 128 · 127, add up to less than 2^31.
+constexpr int64_t kMostInputs = int64_t{1} << 17;
+
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Shape and storage of a packed weight whose parts have these shapes.
@@ -34,7 +39,16 @@ PackedWeight allocate(const std::vector<TensorView>& parts, Format format, int64
                                   std::to_string(parts[0].shape[1]) +
                                   "] with at least one row and one column");
     }
+    if (part.shape[0] > kMostValues / w.k - w.n) {
+      throw std::invalid_argument("a weight with a part " + part.describe() +
+                                  " has more values than any memory");
+    }
     w.n += part.shape[0];
+  }
+  if ((format == Format::int8 || format == Format::int4) && w.k > kMostInputs) {
+    throw std::invalid_argument("a quantised weight has " + std::to_string(w.k) +
+                                " inputs; sums of products in int32 hold " +
+                                std::to_string(kMostInputs));
   }
   if (gated && (parts.size() != 2 || parts[0].shape[0] != parts[1].shape[0])) {
     throw std::invalid_argument("a gated weight has two parts of equal shape, gate and up");
@@ -132,6 +146,29 @@ void copy_floats(const void* row, DType dtype, int64_t first, int64_t count, boo
       static_cast<uint16_t*>(out)[k] = to_bf16(value);
     } else {
       static_cast<float*>(out)[k] = value;
+    }
+  }
+}
+
+// Values of a channel times their multipliers must be int8: some kernels widen them to it.
+void require_int8(const uint8_t* pairs, const uint8_t* factors, int64_t k, int64_t group,
+                  int64_t channel) {
+  for (int64_t first = 0; first < k; first += group) {
+    const int factor = factors[first / group];
+    if (8 * factor <= 127) {
+      continue;
+    }
+    int least = 15;
+    int most = 0;
+    for (int64_t i = first / 2; i < std::min(first + group, k) / 2; ++i) {
+      least = std::min({least, pairs[i] & 15, pairs[i] >> 4});
+      most = std::max({most, pairs[i] & 15, pairs[i] >> 4});
+    }
+    if ((8 - least) * factor > 127 || (most - 8) * factor > 127) {
+      throw std::invalid_argument("channel " + std::to_string(channel) +
+                                  " of a weight has values of " + std::to_string(least - 8) + ".." +
+                                  std::to_string(most - 8) + " with a multiplier of " +
+                                  std::to_string(factor) + "; products must lie in -127..127");
     }
   }
 }
@@ -248,6 +285,8 @@ PackedWeight pack_int4(const std::vector<QuantisedPart>& parts, int64_t group, b
       }
       const Place at = locate(pairs, channel);
       const auto* factors = static_cast<const uint8_t*>(parts[at.part].multiplier.row(at.row));
+      require_int8(static_cast<const uint8_t*>(pairs[at.part].row(at.row)), factors, w.k, group,
+                   channel);
       for (int64_t g = 0; g < given; ++g) {
         w.multiplier[static_cast<size_t>((panel * w.groups() + g) * kPanel + c)] = factors[g];
       }

@@ -50,7 +50,7 @@ struct PackedWeight {
 
 // A part of an int8 weight, values [N, K] int8 in -127..127 with scale [N]; or of an int4 weight,
 // values [N, K / 2] uint8, each two values + 8 with the first in the low half, and multiplier
-// [N, ceil(K / group)] uint8 besides.
+// [N, ceil(K / group)] uint8 besides, where each value times its multiplier is in -127..127.
 struct QuantisedPart {
   TensorView values;
   TensorView multiplier;
@@ -58,7 +58,8 @@ struct QuantisedPart {
 };
 
 // Parts [N_i, K] are put below each other; a gated weight has two of equal shape, gate and up.
-// All throw std::invalid_argument for parts that do not fit.
+// All throw std::invalid_argument for parts that do not fit, among them int8 and int4 weights of
+// more than 2^17 inputs, whose sums would not be int32.
 PackedWeight pack_floats(const std::vector<TensorView>& parts, Format format, bool gated);
 PackedWeight pack_int8(const std::vector<QuantisedPart>& parts, bool gated);
 PackedWeight pack_int4(const std::vector<QuantisedPart>& parts, int64_t group, bool gated);

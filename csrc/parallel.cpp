@@ -49,7 +49,7 @@ bool spin_until(Done done) {
   return done();
 }
 
-// True while this thread runs a piece, so that a nested call runs in line.
+// True while this thread runs pieces of a shared call, so that a nested one runs in line.
 thread_local bool t_inside = false;
 
 struct Job {
@@ -81,6 +81,23 @@ struct Job {
     }
     t_inside = false;
   }
+};
+
+// Threads that are started while it lives get no signals: those are the business of the program's
+// own threads, and Python wants its main one.
+class BlockedSignals {
+ public:
+  BlockedSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  BlockedSignals(const BlockedSignals&) = delete;
+  BlockedSignals& operator=(const BlockedSignals&) = delete;
+
+ private:
+  sigset_t before_;
 };
 
 class Pool {
@@ -141,11 +158,7 @@ class Pool {
     if (workers_ >= wanted) {
       return;
     }
-    // Signals are the business of the program's own threads: Python wants its main one.
-    sigset_t all;
-    sigset_t before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    const BlockedSignals blocked;
     try {
       for (; workers_ < wanted; ++workers_) {
         std::thread([this] { work(); }).detach();
@@ -153,7 +166,6 @@ class Pool {
     } catch (const std::system_error&) {
       // The limit of processes is reached: the caller and the workers there are do the work.
     }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
   Job* find_job() {

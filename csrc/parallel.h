@@ -17,7 +17,8 @@ void set_num_threads(int n);
 
 // Calls fn(begin, end) for the pieces [0, grain), [grain, 2 grain), … of [0, n), and returns when
 // all are done. Where the pieces are cut depends on n and grain alone, never on the threads.
-// May be called from several threads at a time, and after fork; within fn it runs in line.
+// May be called from several threads at a time, and after fork. Within fn it runs in line, unless
+// the outer call has but one piece.
 // The first exception out of fn is thrown again here; pieces not begun by then are dropped.
 // Throws std::invalid_argument for n < 0 or grain < 1.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& fn);

@@ -108,7 +108,7 @@ void rotate(const TensorView& x, const std::vector<float>* weight, float eps, co
   }
   require_dense("cos", cos, {tokens, dim / 2}, {DType::f32});
   require_dense("sin", sin, {tokens, dim / 2}, {DType::f32});
-  require("out", out, {tokens, heads, dim}, {x.dtype});
+  require_distinct("out", out, {tokens, heads, dim}, {x.dtype});
   const int64_t grain = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(1, heads * dim));
   const int64_t size = dtype_size(x.dtype);
   parallel_for(tokens, grain, [&](int64_t begin, int64_t end) {

@@ -44,18 +44,6 @@ inline void store_bf16(uint16_t* p, F v) {
   store_as(p, __builtin_convertvector(chosen, H));
 }
 
-// The first `n` < kLanes lanes, zeros behind.
-inline F load_part(const float* p, int64_t n) {
-  alignas(64) float lanes[kLanes] = {};
-  std::memcpy(lanes, p, static_cast<size_t>(n) * 4);
-  return load(lanes);
-}
-inline void store_part(float* p, F v, int64_t n) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, v);
-  std::memcpy(p, lanes, static_cast<size_t>(n) * 4);
-}
-
 // The upper half of the first 2 · `width` lanes in place of the lower.
 template <int width>
 inline F upper_half(F v) {
@@ -85,25 +73,26 @@ inline float most_of(F v) {
 // 1.5 · 2^23: added to a float of at most 2^22, it leaves the nearest integer in the low bits.
 constexpr float kRound = 12582912.0F;
 
-// 2^x within 2 units in the last place; 0 below -126, and 2^127.99 is the most. NaN stays NaN.
+// 2^x within 2 units in the last place; 0 from -125.5 down, infinity from 128 up. NaN stays NaN: it
+// goes through sums and products alone, since integer sums of its bits could make a number of it.
 inline F exp2_of(F x) {
+  // x rounded to n leaves n + 126 in the low bits, which is the exponent of 2^(n - 1), or 0.
+  constexpr float kShift = kRound + 126.0F;
   const F low = splat(-126.0F);
-  const F high = splat(127.99F);
+  const F high = splat(128.0F);
   F clamped = x < low ? low : x;
   clamped = clamped > high ? high : clamped;
-  const F shifted = clamped + kRound;
-  const F f = clamped - (shifted - kRound);  // -0.5 .. 0.5
-  // (2^f - 1) / f through 6 Chebyshev nodes; the relative error is below 6e-9.
-  F p = splat(1.545316294e-4F);
-  p = p * f + 1.339086336e-3F;
-  p = p * f + 9.618082557e-3F;
-  p = p * f + 5.550357114e-2F;
-  p = p * f + 2.402265076e-1F;
-  p = p * f + 6.931471880e-1F;
-  p = p * f + 1.0F;
-  const U power = as_bits(shifted) << 23;
-  const F result = as_float(as_bits(p) + power);
-  return x < low ? F{} : result;
+  const F shifted = clamped + kShift;
+  const F f = clamped - (shifted - kShift);  // -0.5 .. 0.5
+  // 2 · 2^f, with (2^f - 1) / f through 6 Chebyshev nodes; the relative error is below 6e-9.
+  F p = splat(2 * 1.545316294e-4F);
+  p = p * f + 2 * 1.339086336e-3F;
+  p = p * f + 2 * 9.618082557e-3F;
+  p = p * f + 2 * 5.550357114e-2F;
+  p = p * f + 2 * 2.402265076e-1F;
+  p = p * f + 2 * 6.931471880e-1F;
+  p = p * f + 2.0F;
+  return p * as_float(as_bits(shifted) << 23);
 }
 
 inline F exp_of(F x) { return exp2_of(x * 1.44269504088896341F); }

@@ -1,6 +1,9 @@
 #include "tensor.h"
 
+#include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
+#include <vector>
 
 namespace qvlfast {
 
@@ -79,6 +82,34 @@ void require(const char* name, const TensorView& t, std::initializer_list<int64_
     throw std::invalid_argument(std::string(name) + " has gaps of " +
                                 std::to_string(t.stride[last]) +
                                 " in its last dimension: make it contiguous");
+  }
+}
+
+void require_distinct(const char* name, const TensorView& t, std::initializer_list<int64_t> shape,
+                      std::initializer_list<DType> dtypes) {
+  require(name, t, shape, dtypes);
+  struct Dimension {
+    int64_t stride;
+    int64_t size;
+  };
+  std::vector<Dimension> dimensions;
+  for (int i = 0; i < t.ndim; ++i) {
+    if (t.shape[i] == 0) {
+      return;
+    }
+    if (t.shape[i] > 1) {
+      dimensions.push_back({std::abs(t.stride[i]), t.shape[i]});
+    }
+  }
+  std::sort(dimensions.begin(), dimensions.end(),
+            [](const Dimension& a, const Dimension& b) { return a.stride < b.stride; });
+  int64_t extent = 1;  // of the dimensions so far, from their first to their last value
+  for (const Dimension& d : dimensions) {
+    if (d.stride < extent) {
+      throw std::invalid_argument(std::string(name) + " is " + t.describe() +
+                                  " with values that share a place: its strides overlap");
+    }
+    extent += (d.size - 1) * d.stride;
   }
 }
 

@@ -36,7 +36,11 @@ struct TensorView {
 void require(const char* name, const TensorView& t, std::initializer_list<int64_t> shape,
              std::initializer_list<DType> dtypes);
 
-// The same, and no gaps at all.
+// The same, and no two values in one place: for results, whose rows may be apart.
+void require_distinct(const char* name, const TensorView& t, std::initializer_list<int64_t> shape,
+                      std::initializer_list<DType> dtypes);
+
+// The same as `require`, and no gaps at all.
 void require_dense(const char* name, const TensorView& t, std::initializer_list<int64_t> shape,
                    std::initializer_list<DType> dtypes);
 

@@ -33,7 +33,7 @@ preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc
 run() {
     local folder=$1
     shift
-    cp tests/test_native.py tests/test_native_ops.py "$folder/"
+    cp tests/test_native.py tests/test_native_ops.py tests/test_native_limits.py "$folder/"
     (
         cd "$folder"
         export PYTHONPATH=. LD_PRELOAD=$preload
@@ -45,12 +45,13 @@ run() {
 
 echo "== address and undefined-behaviour sanitizers"
 extension "$out/plain" "${checked[@]}"
-run "$out/plain" test_native.py test_native_ops.py
+run "$out/plain" test_native.py test_native_ops.py test_native_limits.py
 
 echo "== the same with AVX-512 and AMX emulated"
 # Vectors of 64 bytes are passed in memory then, which the compiler remarks on.
 extension "$out/emulated" "${checked[@]}" -DQVLFAST_EMULATE -Wno-psabi
 run "$out/emulated" test_native_ops.py -k "avx512 or amx or refused or exponentials"
+run "$out/emulated" test_native_limits.py
 
 echo "== thread sanitizer"
 read -ra sources <<<"$(find csrc -name '*.cpp' ! -name 'module.cpp' ! -name 'bind_*' | tr '\n' ' ')"

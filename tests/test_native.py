@@ -217,7 +217,7 @@ def test_forked_children_get_their_own_pool() -> None:
 
 def test_features_are_named_and_boolean() -> None:
     features = _C.cpu_features()
-    assert {"avx2", "avx512_vnni", "amx_int8", "neon", "i8mm"} <= features.keys()
+    assert {"avx2", "bmi1", "bmi2", "avx512_vnni", "amx_int8", "neon", "i8mm"} <= features.keys()
     assert all(type(value) is bool for value in features.values())
     assert not (features["neon"] and features["avx2"])
 

@@ -1,4 +1,6 @@
 // The parts of csrc that need no Python: built alone for the thread sanitizer and for aarch64.
+#include <pthread.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -11,6 +13,7 @@
 #include <filesystem>
 #include <fstream>
 #include <mutex>
+#include <new>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -30,6 +33,23 @@
       std::exit(1);                                                                \
     }                                                                              \
   } while (false)
+
+namespace {
+
+// While set, this thread gets no memory.
+thread_local bool t_out_of_memory = false;
+
+}  // namespace
+
+void* operator new(std::size_t size) {
+  void* memory = t_out_of_memory ? nullptr : std::malloc(size);
+  if (memory == nullptr) {
+    throw std::bad_alloc();
+  }
+  return memory;
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -93,6 +113,31 @@ void test_nested_calls_run_in_line() {
     });
   });
   CHECK(total == 600);
+  // Where the outer call has one piece, the inner one is shared.
+  parallel_for(1, 1, [&](int64_t, int64_t) { check_pieces(600, 4); });
+}
+
+// No memory for a worker: the caller hears of it, and gets its signals as before.
+void test_workers_without_memory() {
+  qvlfast::set_num_threads(16);  // more than there have been
+  sigset_t before;
+  pthread_sigmask(SIG_SETMASK, nullptr, &before);
+  bool refused = false;
+  t_out_of_memory = true;
+  try {
+    parallel_for(16, 1, [](int64_t, int64_t) {});
+  } catch (const std::bad_alloc&) {
+    refused = true;
+  }
+  t_out_of_memory = false;
+  CHECK(refused);
+  sigset_t after;
+  pthread_sigmask(SIG_SETMASK, nullptr, &after);
+  for (const int signal : {SIGINT, SIGTERM, SIGUSR1}) {
+    CHECK(sigismember(&before, signal) == 0);
+    CHECK(sigismember(&after, signal) == 0);
+  }
+  check_pieces(64, 1);
 }
 
 void test_exceptions_reach_the_caller() {
@@ -248,6 +293,7 @@ int main() {
   test_cpu();
   test_pieces();
   test_nested_calls_run_in_line();
+  test_workers_without_memory();
   test_exceptions_reach_the_caller();
   test_many_callers();
   test_sleeping_workers_wake();
