@@ -39,9 +39,10 @@ from .served import Job, Served
 # Prepared pixels that may wait for the models; beyond it the host threads pause. One patch of a
 # still is 768 bytes, so this is about 200 MB.
 _MAX_WAITING_PATCHES = 1 << 18
+
 _NON_FINITE = (
-    "the model answered NaN or infinity for this input: with float16 weights load with "
-    "dtype='bfloat16'; with others the checkpoint is damaged (run it on a plain text to see)"
+    "the model answered NaN or infinity for this input, or zeros alone: with float16 weights load "
+    "with dtype='bfloat16'; with others the checkpoint is damaged (run it on a plain text to see)"
 )
 
 
@@ -361,7 +362,9 @@ class Engine:
 
     def _answer(self, job: Job, value: NDArray[np.float32]) -> None:
         ready = job.ready
-        if ready is None or not np.isfinite(value).all():
+        # An infinite value that a cut leaves out makes the norm's other values zero.
+        vanished = value.ndim > 0 and not value.any()
+        if ready is None or vanished or not np.isfinite(value).all():
             self._fail(job, InputError("non_finite", _NON_FINITE))
             return
         if self._settle(job):

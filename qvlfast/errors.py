@@ -34,7 +34,7 @@ class InputError(QvlfastError, ValueError):
     ``not_allowed``     a URL outside ``allow_media_domains``
     ``fetch_failed``    an allowed URL that could not be fetched
     ``too_long``        more tokens than ``max_length``
-    ``non_finite``      the model answered NaN or infinity
+    ``non_finite``      the model answered NaN or infinity, or zeros alone
     =================== ===========================================================
     """
 

@@ -75,6 +75,13 @@ def test_one_bad_request_costs_no_other_its_answer(serving: Serving) -> None:
     assert (metrics.answered, metrics.failed) == (7, 3)
 
 
+def test_a_vector_of_zeros_is_no_answer(serving: Serving) -> None:
+    """Such as what a cut leaves of a row with infinity beyond it."""
+    with pytest.raises(InputError, match="zeros alone"):
+        serving.submit(lambda: prompt(0)).result(10)
+    assert serving.metrics().errors == {"non_finite": 1}
+
+
 def test_running_out_of_memory_shrinks_the_budget_and_goes_on(serving: Serving) -> None:
     assert serving.submit(lambda: prompt(902)).result(10).value[0] == 902
     assert serving.metrics().memory_faults == 1 and serving.metrics().budget_tokens == 20
@@ -300,10 +307,10 @@ def test_cancelled_pictures_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_close_answers_what_was_accepted() -> None:
     serving = Serving(Budget(), host_threads=1)
-    futures = [serving.submit(lambda i=i: prompt(i)) for i in range(30)]
+    futures = [serving.submit(lambda i=i: prompt(i)) for i in range(1, 31)]
     serving.close()
     serving.close()
-    assert [f.result(0).value[0] for f in futures] == list(range(30))
+    assert [f.result(0).value[0] for f in futures] == list(range(1, 31))
     with pytest.raises(BackendError, match="closed"):
         serving.submit(lambda: prompt(1))
 
