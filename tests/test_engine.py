@@ -47,7 +47,7 @@ def test_many_threads(serving: Serving) -> None:
         results.extend(f.result(10).value[0] == base + i for i, f in enumerate(futures))
 
     results: list[bool] = []
-    threads = [threading.Thread(target=client, args=(100 * t,)) for t in range(6)]
+    threads = [threading.Thread(target=client, args=(100 * t + 1,)) for t in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
