@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import positive_int
+from .streams import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _say(text: str, start: float) -> None:
-    print(f"qvlfast: {text}, {time.monotonic() - start:.1f} s", file=sys.stderr)
+    say(f"qvlfast: {text}, {time.monotonic() - start:.1f} s")
 
 
 def _own(words: Sequence[str]) -> list[Query]:

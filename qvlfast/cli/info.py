@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import add_quantization_options, byte_count, positive_int, quantization
+from .streams import json_text
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
             plans[label] = planner.plan(wish)
     if options.json:
         document = _document(checkpoint, planner, own, plans, wishes, chosen)
-        print(json.dumps(document, indent=2, ensure_ascii=False))
+        print(json_text(document, indent=2))
         return 0
     _print_model(checkpoint, config, plans[chosen].parts, own, planner.missing)
     _print_plans(planner.device, plans, wishes[chosen], own)

@@ -7,10 +7,10 @@ shard by shard, so that a checkpoint larger than the memory can be quantised.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from .options import add_hub_options
+from .streams import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         group=options.group,
     )
     source = locate(options.source, revision=options.revision, local_files_only=options.offline)
-    done = convert(source, options.target, plan, lambda name: print(name, file=sys.stderr))
+    done = convert(source, options.target, plan, say)
     print(
         f"{options.target}: {done.linears} linears in {plan.format}, "
         f"{done.bytes_in / 2**30:.2f} GiB became {done.bytes_out / 2**30:.2f} GiB"

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import add_hub_options
+from .streams import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -202,7 +202,7 @@ def reference_scores(
 
 def _say(what: str) -> None:
     """Large models take minutes: say what they are spent on."""
-    print(f"qvlfast: {what}", file=sys.stderr)
+    say(f"qvlfast: {what}")
 
 
 def _transformers_version() -> str:
