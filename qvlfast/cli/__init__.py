@@ -7,7 +7,10 @@ when a command runs, so that help is instant.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Sequence
+from typing import TextIO, cast
 
 from . import demo, embed, info, quantize, rerank, streams, verify, warmup
 from .options import HelpFormatter
@@ -60,12 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code. ``argparse`` itself exits, with 2, on unknown options.
     """
     streams.prepare()
+    output = cast(TextIO, streams.Output(sys.stdout))
     try:
-        try:
-            options = build_parser().parse_args(arguments)
-            code: int = options.run(options)
-        finally:
-            streams.flush_output()  # here, so that a closed pipe or a full disk is met inside
+        with contextlib.redirect_stdout(output):
+            try:
+                options = build_parser().parse_args(arguments)
+                code: int = options.run(options)
+            finally:
+                output.flush()  # here, so that a closed pipe or a full disk is met inside
         return code
     except KeyboardInterrupt:
         streams.say("\nqvlfast: interrupted")

@@ -14,7 +14,33 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-_OUTPUT = "standard output"
+
+class Output:
+    """Standard output whose errors name it, wherever in the work they come."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with naming("standard output"):
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """Write what is held.
+
+        Raises:
+            OSError: it cannot be written. It is dropped then: it would fail again when Python
+                ends, with a complaint of Python's own.
+        """
+        try:
+            with naming("standard output"):
+                self._stream.flush()
+        except OSError:
+            discard(self._stream)
+            raise
 
 
 def prepare() -> None:
@@ -41,21 +67,6 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         discard(sys.stderr)
-
-
-def flush_output() -> None:
-    """Write what standard output still holds.
-
-    Raises:
-        OSError: it cannot be written; the error names the stream.
-    """
-    try:
-        with naming(_OUTPUT):
-            sys.stdout.flush()
-    except OSError:
-        # What is held would fail again when Python ends, with a complaint of its own.
-        discard(sys.stdout)
-        raise
 
 
 def discard(stream: TextIO) -> None:
