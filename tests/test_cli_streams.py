@@ -61,17 +61,21 @@ def test_an_output_that_cannot_be_written(
         assert (code, error) == (2, f"qvlfast: standard output: {reason}\n")
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
 @pytest.mark.parametrize(
     "redirection",
     ["2>&-", "<&- >&- 2>&-", pytest.param("2>/dev/full", marks=needs_full)],
 )
 def test_messages_that_cannot_be_written_stop_nothing(
-    small_checkpoint: Path, tmp_path: Path, redirection: str
+    small_checkpoint: Path, tmp_path: Path, redirection: str, buffered: str
 ) -> None:
+    variables = {"PYTHONUNBUFFERED": buffered}
+    for arguments in (("unknown",), ("info", tmp_path / "none")):
+        assert shell(redirection, *arguments, variables=variables) == (2, "", "")
     lines = write_lines(tmp_path / "in.jsonl", ["one", 2])
     out = tmp_path / "out.npy"
-    code, _, error = shell(redirection, "embed", small_checkpoint, lines, "-o", out)
-    assert (code, error) == (1, "")
+    arguments = ("embed", small_checkpoint, lines, "-o", out)
+    assert shell(redirection, *arguments, variables=variables) == (1, "", "")
     assert np.isfinite(np.load(out)).all(axis=1).tolist() == [True, False]
     assert [entry["index"] for entry in read_lines(tmp_path / "out.npy.errors.jsonl")] == [1]
     assert not (tmp_path / "out.npy.work").exists()

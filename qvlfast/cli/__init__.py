@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options = build_parser().parse_args(arguments)
                 code: int = options.run(options)
             finally:
+                streams.flush_messages()  # those of argparse
                 output.flush()  # here, so that a closed pipe or a full disk is met inside
         return code
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..config import ModelConfig
     from .plan import Device, Part, Plan, Planner, Wish
 
-_MOST = 1 << 18  # tokens or patches: the longest context that the models are published for
+_MOST = 1 << 18  # tokens or patches: the positions that the published models are configured for
 
 # How config.json and safetensors write the dtypes.
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -63,8 +63,15 @@ def prepare() -> None:
 
 def say(text: str) -> None:
     """A message on standard error. Where that cannot be written, the work goes on without."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+    flush_messages()
+
+
+def flush_messages() -> None:
+    """Write what standard error still holds, or drop it: it would end Python with another code."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.flush()
     except OSError:
         discard(sys.stderr)
 
