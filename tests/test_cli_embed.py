@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -46,12 +46,13 @@ def environment() -> dict[str, str]:
 
 
 def qvlfast(
-    *arguments: str | Path, code: int = 0, stdin: bytes = b"", cwd: Path = ROOT
+    *arguments: str | Path, code: int = 0, stdin: bytes | BinaryIO = b"", cwd: Path = ROOT
 ) -> tuple[str, str]:
     """Run the command; checks its exit code, returns stdout and stderr."""
+    given = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
     done = subprocess.run(
-        command(*arguments), input=stdin, cwd=cwd, env=environment(), capture_output=True,
-        timeout=300, check=False,
+        command(*arguments), cwd=cwd, env=environment(), capture_output=True, timeout=300,
+        check=False, **given,
     )  # fmt: skip
     out, error = done.stdout.decode(), done.stderr.decode()
     assert done.returncode == code, f"exit code {done.returncode}\n{out}\n{error}"

@@ -7,11 +7,12 @@ when a command runs, so that help is instant.
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import sys
 from collections.abc import Sequence
+from typing import TextIO, cast
 
-from . import demo, embed, info, quantize, rerank, verify, warmup
+from . import demo, embed, info, quantize, rerank, streams, verify, warmup
 from .options import HelpFormatter
 
 OK = 0
@@ -61,32 +62,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. ``argparse`` itself exits, with 2, on unknown options.
     """
-    options = build_parser().parse_args(arguments)
+    streams.prepare()
+    output = cast(TextIO, streams.Output(sys.stdout))
     try:
-        code: int = options.run(options)
-        sys.stdout.flush()  # here, so that a closed pipe is met inside the try
+        with contextlib.redirect_stdout(output):
+            try:
+                options = build_parser().parse_args(arguments)
+                code: int = options.run(options)
+            finally:
+                streams.flush_messages()  # those of argparse
+                output.flush()  # here, so that a closed pipe or a full disk is met inside
         return code
     except KeyboardInterrupt:
-        print("\nqvlfast: interrupted", file=sys.stderr)
+        streams.say("\nqvlfast: interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has left (`qvlfast … | head`). Python would complain again on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SOME_FAILED
+        return SOME_FAILED  # the reader has left (`qvlfast … | head`)
     except Exception as error:
         from ..errors import QvlfastError
 
         if not isinstance(error, QvlfastError | ValueError | OSError):
             raise
-        print(f"qvlfast: {_one_line(error)}", file=sys.stderr)
+        streams.say(f"qvlfast: {_message(error)}")
         return USER_ERROR
 
 
-def _one_line(error: Exception) -> str:
+def _message(error: Exception) -> str:
+    """What went wrong, in one line."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return streams.one_line(f"{error.filename}: {error.strerror or error}")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines) or type(error).__name__
+    return streams.one_line("; ".join(lines) or type(error).__name__)
 
 
 class _Version(argparse.Action):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import positive_int
+from .streams import naming, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _RERANKED = 20
 _COLUMNS = 8
+_MOST = 100  # pictures on a row of the sheet
+_PRINTED = 5
 
 # The language, the query, and what it means.
 _QUERIES = (
@@ -62,7 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--all", action="store_true", help="search the whole gallery")
     parser.add_argument(
-        "--top", metavar="N", type=positive_int, default=_COLUMNS, help="pictures shown a query"
+        "--top",
+        metavar="N",
+        type=positive_int,
+        default=_COLUMNS,
+        help=f"pictures of a query on the sheet, at most {_MOST}; the table has the best "
+        f"{_PRINTED} of them",
     )
     parser.add_argument(
         "--embedder", metavar="MODEL", help="another embedder; only --reranker then reranks"
@@ -82,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
     from .. import Embedder, Reranker
     from .contact_sheet import Row, draw
 
+    _check(options)
     queries = _own(options.words) if options.words else _built_in(load_gallery())
     pictures = [each.picture() for each in emoji]
     documents = [{"image": picture} for picture in pictures]
@@ -111,14 +119,37 @@ def run(options: argparse.Namespace) -> int:
             rows.append(Row(query.title, query.note, query.meaning, drawn))
     how = "found by their vectors" + (", then reranked" if judge else "")
     sheet = draw(rows, "qvlfast demo", f"{len(emoji)} pictures, {how}")
-    sheet.save(options.sheet)
+    with naming(options.sheet):
+        sheet.save(options.sheet)
     print(f"\ncontact sheet: {options.sheet}")
     _say("done", start)
     return 0
 
 
 def _say(text: str, start: float) -> None:
-    print(f"qvlfast: {text}, {time.monotonic() - start:.1f} s", file=sys.stderr)
+    say(f"qvlfast: {text}, {time.monotonic() - start:.1f} s")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Find before the work what would fail after it.
+
+    Raises:
+        ValueError: a query or the sheet's name cannot be used, or too many pictures are wanted.
+    """
+    from PIL import Image
+
+    for text in options.words:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"the query {text!r} is not valid Unicode: write it in UTF-8")
+    if options.top > _MOST:
+        raise ValueError(f"--top {options.top}: the sheet has room for {_MOST} pictures a query")
+    sheet = options.sheet
+    if Image.registered_extensions().get(sheet.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{sheet} is no name of a picture that can be written: end it in .png")
+    if sheet.is_dir():
+        raise ValueError(f"{sheet} is a folder: name a file")
+    if not sheet.parent.is_dir():
+        raise ValueError(f"{sheet.parent} is no folder: the sheet cannot be written there")
 
 
 def _own(words: Sequence[str]) -> list[Query]:
@@ -159,6 +190,6 @@ def _print_found(
     title = query.title if isinstance(query.title, str) else "[picture]"
     print(f"\n{title}" + (f"  ({query.note})" if query.note else ""))
     print(f"  {'':4}{'score':>6}{'cosine':>9}")
-    for index, score in found[:5]:
+    for index, score in found[:_PRINTED]:
         character, name = emoji[index].character, emoji[index].names.get("en", "")
         print(f"  {character}  {score:6.3f}{float(cosines[index]):9.3f}  {name}")

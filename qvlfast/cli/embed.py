@@ -15,12 +15,13 @@ to OUT.errors.jsonl; their rows are NaN (zero in integer types), and .jsonl leav
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from .options import (
     model_arguments,
     positive_int,
 )
+from .streams import say
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -93,14 +95,16 @@ def run(options: argparse.Namespace) -> int:
     from ..config import load_config
     from .sources import open_source
     from .work import Work
-    from .writers import check_suffix, finish
+    from .writers import check_suffix, finish, side_files
 
     check_suffix(options.out)
+    beside = list(side_files(options.out).values())
+    _check_input_is_kept(options.input, [options.out, *beside])
     source = open_source(options.input, options.format)
     folder = locate(options.model, revision=options.revision, local_files_only=options.offline)
     layout = _layout(options, load_config(folder))
     decisive = {name: getattr(options, name) for name in _DECISIVE}
-    work = Work(options.out, {"model": fingerprint(folder), **decisive}, options.restart)
+    work = Work(options.out, beside, {"model": fingerprint(folder), **decisive}, options.restart)
     try:
         _embed(options, source, work, layout)
         state = work.state
@@ -110,11 +114,28 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         _report_cut(state.cut)
     if state.failed:
-        print(
-            f"qvlfast: {state.failed} of {state.done} items failed: see {options.out}.errors.jsonl",
-            file=sys.stderr,
-        )
+        say(f"qvlfast: {state.failed} of {state.done} items failed: see {options.out}.errors.jsonl")
     return int(state.failed > 0)
+
+
+def _check_input_is_kept(name: str, outputs: Sequence[Path]) -> None:
+    """Refuse an input that would be overwritten, under whatever name.
+
+    Raises:
+        ValueError: it is one of ``outputs``, or in the folder of the unfinished run.
+    """
+    from .work import work_folder
+
+    try:
+        given = os.fstat(0) if name == "-" else os.stat(name)
+    except OSError:
+        return  # opening it says what is wrong
+    folder = work_folder(outputs[0])
+    for path in (*outputs, *(folder.iterdir() if folder.is_dir() else ())):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(given, path.stat()):
+                what = "standard input" if name == "-" else name
+                raise ValueError(f"{what} is {path}, which would be overwritten: name another OUT")
 
 
 def fingerprint(folder: Path) -> str:
@@ -163,7 +184,7 @@ def _embed(options: argparse.Namespace, source: Source, work: Work, layout: Layo
     if first is None:
         return
     if work.state.done and not options.quiet:
-        print(f"qvlfast: going on after {work.state.done} items", file=sys.stderr)
+        say(f"qvlfast: going on after {work.state.done} items")
 
     from .. import Embedder
 
@@ -175,15 +196,12 @@ def _embed(options: argparse.Namespace, source: Source, work: Work, layout: Layo
             _store(outcomes, keeper, source.total, options.quiet)
         except KeyboardInterrupt:
             keeper.commit()
-            print(
+            say(
                 f"\nqvlfast: stopped after {work.state.done} items; the same command goes on from "
-                "there",
-                file=sys.stderr,
+                "there"
             )
             # Leaving in the ordinary way waits for the batch that is under way: minutes, for a
             # large one. Everything worth keeping is on the disk.
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(130)
         except BaseException:
             keeper.commit()
@@ -262,10 +280,7 @@ def _store(outcomes: Iterator[Outcome], keeper: _Keeper, total: int | None, quie
     keeper.commit()
     if not quiet:
         count, seconds = keeper.work.state.done - before, time.monotonic() - start
-        print(
-            f"qvlfast: {count} items in {seconds:.1f} s, {count / max(seconds, 1e-9):.1f} a second",
-            file=sys.stderr,
-        )
+        say(f"qvlfast: {count} items in {seconds:.1f} s, {count / max(seconds, 1e-9):.1f} a second")
 
 
 class _Keeper:
@@ -325,8 +340,7 @@ class _Keeper:
 
 def _report_cut(count: int) -> None:
     if count:
-        print(
+        say(
             f"qvlfast: {count} items were longer than --max-length and lost text from their end; "
-            "--no-truncate makes them errors",
-            file=sys.stderr,
+            "--no-truncate makes them errors"
         )

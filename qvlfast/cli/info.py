@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_quantization_options, byte_count, positive_int, quantization
+from .options import add_quantization_options, byte_count, positive_int, quantization, size_text
+from .streams import json_text
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..config import ModelConfig
     from .plan import Device, Part, Plan, Planner, Wish
+
+_MOST = 1 << 18  # tokens or patches: the positions that the published models are configured for
 
 # How config.json and safetensors write the dtypes.
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -50,10 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", metavar="NAME", default="auto", help="auto, reference, native or triton"
     )
-    parser.add_argument("--batch-tokens", metavar="N", type=positive_int, default=16_384)
-    parser.add_argument("--batch-patches", metavar="N", type=positive_int, default=16_384)
-    parser.add_argument("--max-length", metavar="TOKENS", type=positive_int, default=8192)
+    parser.add_argument("--batch-tokens", metavar="N", type=_planned, default=16_384)
+    parser.add_argument("--batch-patches", metavar="N", type=_planned, default=16_384)
+    parser.add_argument("--max-length", metavar="TOKENS", type=_planned, default=8192)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _planned(text: str) -> int:
+    """A whole number from 1 up, for which a plan is still made in reasonable time and memory."""
+    value = positive_int(text)
+    if value > _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is above {_MOST}, the most that is planned for")
+    return value
 
 
 def run(options: argparse.Namespace) -> int:
@@ -76,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
             plans[label] = planner.plan(wish)
     if options.json:
         document = _document(checkpoint, planner, own, plans, wishes, chosen)
-        print(json.dumps(document, indent=2, ensure_ascii=False))
+        print(json_text(document, indent=2))
         return 0
     _print_model(checkpoint, config, plans[chosen].parts, own, planner.missing)
     _print_plans(planner.device, plans, wishes[chosen], own)
@@ -125,7 +135,7 @@ def _print_model(
     tied = "tied to the embedding" if config.tie_word_embeddings else "its own"
     files = _files(checkpoint)
     print(checkpoint.folder)
-    print(f"  files       {len(files)}, {_size(sum(files.values()))} of weights in {own}")
+    print(f"  files       {len(files)}, {size_text(sum(files.values()))} of weights in {own}")
     print(
         f"  decoder     {text.num_layers} layers, hidden {text.hidden_size}, ffn "
         f"{text.intermediate_size}, {text.num_heads} heads over {text.num_kv_heads}, head dim "
@@ -151,7 +161,7 @@ def _print_model(
 
 def _print_plans(device: Device, plans: dict[str, Plan], wish: Wish, own: str) -> None:
     memory = device.memory
-    has = f" of {_size(memory)}" if memory is not None else ""
+    has = f" of {size_text(memory)}" if memory is not None else ""
     print(
         f"\nmemory on {device.name}{has}, with {wish.tokens:,} tokens and {wish.patches:,} patches "
         "at once"
@@ -162,7 +172,9 @@ def _print_plans(device: Device, plans: dict[str, Plan], wish: Wish, own: str) -
     )
     for label, plan in plans.items():
         sizes = (plan.weights, plan.activations, plan.fixed, plan.total)
-        columns = "".join(f"{_size(s):>{w}}" for s, w in zip(sizes, (12, 14, 12, 12), strict=True))
+        columns = "".join(
+            f"{size_text(s):>{w}}" for s, w in zip(sizes, (12, 14, 12, 12), strict=True)
+        )
         fits = "" if memory is None else "fits" if plan.total <= memory else "does not fit"
         mark = " (as stored)" if label == own else ""
         print(f"  {label:{wide}}{columns}  {plan.backend:11}{fits}{mark}".rstrip())
@@ -175,7 +187,7 @@ def _print_chosen(planner: Planner, plan: Plan, wish: Wish, label: str) -> None:
     print(f"\n{label}, by part")
     for part in plan.parts:
         sizes = formats_of(part, plan.dtype).items()
-        print(f"  {part.name:16}" + ", ".join(f"{form} {_size(size)}" for form, size in sizes))
+        print(f"  {part.name:16}" + ", ".join(f"{form} {size_text(size)}" for form, size in sizes))
     print(
         "  a cached token of a beginning takes {}, a cached visual token {}".format(
             *_cached(planner, wish)
@@ -188,9 +200,9 @@ def _print_chosen(planner: Planner, plan: Plan, wish: Wish, label: str) -> None:
     text, pictures = (planner.largest(wish, pictures=kind) for kind in (False, True))
     print(f"  the largest batch is of {text:,} tokens of text, or {pictures:,} patches of pictures")
     if plan.total <= memory:
-        print(f"  fits, with {_size(memory - plan.total)} to spare")
+        print(f"  fits, with {size_text(memory - plan.total)} to spare")
     else:
-        print(f"  does not fit: {_size(plan.total - memory)} too much; what would fit:")
+        print(f"  does not fit: {size_text(plan.total - memory)} too much; what would fit:")
         for line in advice(planner, wish, plan):
             print(f"    {line}")
 
@@ -200,7 +212,7 @@ def _cached(planner: Planner, wish: Wish) -> tuple[str, str]:
 
     dtype = wish.torch_dtype
     sizes = keys_values_bytes(planner.config, dtype), visual_bytes(planner.config, dtype)
-    return _size(sizes[0]), _size(sizes[1])
+    return size_text(sizes[0]), size_text(sizes[1])
 
 
 def _document(
@@ -247,12 +259,3 @@ def _files(checkpoint: Checkpoint) -> dict[str, int]:
     """Name and bytes of each file of weights."""
     folder: Path = checkpoint.folder
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"

@@ -64,6 +64,16 @@ def byte_budget(text: str) -> int:
     return 0 if text.strip() == "0" else byte_count(text)
 
 
+def size_text(count: int) -> str:
+    """Bytes for a reader, in units of 1024."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
 def add_quantization_options(parser: argparse._ActionsContainer, help: str) -> None:
     """The format of the weights, and that it is theirs alone."""
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help=help)

@@ -7,10 +7,10 @@ shard by shard, so that a checkpoint larger than the memory can be quantised.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from .options import add_hub_options
+from .options import add_hub_options, size_text
+from .streams import naming, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="int8: a scale for each channel; int4: also a multiplier for each group",
     )
     parser.add_argument(
-        "--group", type=int, choices=(32, 64, 128), default=64, help="inputs of a group, for int4"
+        "--group", type=int, choices=(32, 64, 128), help="inputs of a group, for int4; default: 64"
     )
     parser.add_argument("--vision", action="store_true", help="the vision blocks' linears as well")
     parser.add_argument(
@@ -35,20 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from safetensors import SafetensorError
+
     from ..checkpoint import locate
     from ..quant import Quantization
     from ..quant.convert import convert
 
+    if options.group is not None and options.format != "int4":
+        raise ValueError(f"--group is for --format int4: {options.format} has no groups")
     plan = Quantization(
         options.format,
         vision=options.vision,
         down_proj=not options.keep_down_proj,
-        group=options.group,
+        group=options.group or 64,
     )
     source = locate(options.source, revision=options.revision, local_files_only=options.offline)
-    done = convert(source, options.target, plan, lambda name: print(name, file=sys.stderr))
+    try:
+        with naming(options.target):
+            done = convert(source, options.target, plan, say)
+    except SafetensorError as error:  # what its library makes of a full disk
+        raise ValueError(f"{options.target} is not finished: {error}") from error
     print(
         f"{options.target}: {done.linears} linears in {plan.format}, "
-        f"{done.bytes_in / 2**30:.2f} GiB became {done.bytes_out / 2**30:.2f} GiB"
+        f"{size_text(done.bytes_in)} became {size_text(done.bytes_out)}"
     )
     return 0

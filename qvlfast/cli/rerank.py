@@ -2,15 +2,14 @@
 
 QUERY is a text, a JSON object ({"text": …, "image": …, "video": …, "instruction": …}), or @FILE:
 a picture, a video, a .json file with such an object, or a text file. DOCUMENTS is what `qvlfast
-embed` takes as INPUT. A score is the probability, from 0 to 1, that the document meets the query.
+embed` takes as INPUT, except that a document has no instruction: it is the query's. A score is the
+probability, from 0 to 1, that the document meets the query.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from .options import (
     model_arguments,
     positive_int,
 )
+from .streams import json_text, one_line, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,15 +68,15 @@ def run(options: argparse.Namespace) -> int:
         index = result["index"]
         if options.json:
             entry = {"rank": place, "index": index, "id": names[index], "score": result["score"]}
-            print(json.dumps(entry, ensure_ascii=False))
+            print(json_text(entry))
         else:
-            label = f"{names[index]!s:.20}"
+            label = f"{one_line(names[index]):.20}"
             print(f"{place:4}  {result['score']:.4f}  {label:20}  {_shown(documents[index])}")
     failed = sorted((r for r in results if "error" in r), key=lambda r: r["index"])
     for result in failed:
         index = result["index"]
         message = " ".join(str(broken.get(index, result["error"])).split())
-        print(f"qvlfast: document {names[index]} failed: {message}", file=sys.stderr)
+        say(one_line(f"qvlfast: document {names[index]} failed: {message}"))
     return int(bool(failed))
 
 
@@ -121,5 +121,5 @@ def _shown(document: Any) -> str:
         parts += [text] if isinstance(text, str) else [] if text is None else map(str, text)
         document = " ".join(parts)
     room = max(20, shutil.get_terminal_size((100, 24)).columns - 36)
-    line = " ".join(str(document).split())
+    line = one_line(" ".join(str(document).split()))
     return line if len(line) <= room else f"{line[: room - 1]}…"

@@ -24,6 +24,7 @@ VIDEOS = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
 )
 
+_DEEPEST = 2  # a list of videos, each a list of frames
 _SCHEMES = ("http://", "https://", "file://", "data:")
 _BOM = b"\xef\xbb\xbf"
 
@@ -88,16 +89,18 @@ def parse_json(text: str, base: Path, index: int) -> tuple[str | int, Any]:
         )
     name = value.pop("id", index)
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise InputError("invalid_type", f"`id` is {name!r}, expected a string or a whole number")
+        shown = f"a {type(name).__name__}" if isinstance(name, list | dict) else repr(name)
+        raise InputError("invalid_type", f"`id` is {shown}, expected a string or a whole number")
     for key in ("image", "video"):
         if key in value:
-            value[key] = _from_base(value[key], base)
+            value[key] = _from_base(value[key], base, _DEEPEST)
     return name, value
 
 
-def _from_base(value: Any, base: Path) -> Any:
+def _from_base(value: Any, base: Path, depth: int) -> Any:
+    """Names in lists down to ``depth``; what lies deeper is no input, which its check will say."""
     if isinstance(value, list):
-        return [_from_base(part, base) for part in value]
+        return [_from_base(part, base, depth - 1) for part in value] if depth else value
     if not isinstance(value, str) or not value.strip() or value.lower().startswith(_SCHEMES):
         return value
     return os.path.join(base, value)
@@ -124,10 +127,14 @@ def open_source(name: str, form: str = "auto") -> Source:
             JSONL if their first line that is not blank is a JSON object or string.
 
     Raises:
-        ValueError: a folder without media.
+        ValueError: no name, a folder without media, or one JSON document in place of lines.
         OSError: it cannot be read.
     """
+    if not name:
+        raise ValueError("the name of the input is empty: give a file, a folder, or -")
     if name == "-":
+        if sys.stdin is None:
+            raise ValueError("standard input is closed: give a file or a folder")
         return Source(_read(sys.stdin.buffer, form, Path.cwd()), None, "standard input")
     path = Path(name)
     if path.is_dir():
@@ -138,8 +145,12 @@ def open_source(name: str, form: str = "auto") -> Source:
         )
     regular = path.is_file()
     with path.open("rb") as file:  # fails here and not in the middle of the work
-        if form == "auto" and regular:
-            form = _guess(file)
+        if regular:
+            head = _first_line(file)
+            if form == "auto":
+                form = _form_of(head)
+            if form == "jsonl":
+                _refuse_document(path, head)
     total = sum(1 for _ in _file_lines(path, form)) if regular else None
     return Source(_file_lines(path, form), total, str(path))
 
@@ -187,7 +198,7 @@ def _read(file: BinaryIO, form: str, base: Path) -> Iterator[Line]:
             head.append(line)
             if line.strip():
                 break
-        form = _form_of(head)
+        form = _form_of(head[-1] if head else b"")
         lines = chain(head, lines)
     index = 0
     first = True
@@ -201,17 +212,28 @@ def _read(file: BinaryIO, form: str, base: Path) -> Iterator[Line]:
             index += 1
 
 
-def _guess(file: BinaryIO) -> str:
-    for line in file:
-        if line.strip():
-            return _form_of([line])
-    return "text"
+def _first_line(file: BinaryIO) -> bytes:
+    """The first line that is not blank, empty if there is none."""
+    return next((line for line in file if line.removeprefix(_BOM).strip()), b"")
 
 
-def _form_of(head: list[bytes]) -> str:
-    """The format of an input that starts with these lines, of which the last is not blank."""
+def _refuse_document(path: Path, line: bytes) -> None:
+    """Tell one JSON document of many lines from items, of which this would be the first line.
+
+    Raises:
+        ValueError: it is such a document. Some of its lines may well look like items.
+    """
+    line = line.removeprefix(_BOM).strip()
+    if line == b"[" or (path.suffix.lower() == ".json" and line.startswith(b"[")):
+        raise ValueError(f"{path} is one JSON array: write an item a line, as `jq -c '.[]'` does")
+    if line == b"{":
+        raise ValueError(f"{path} has items of many lines: write one a line, as `jq -c .` does")
+
+
+def _form_of(line: bytes) -> str:
+    """The format of an input whose first line that is not blank is this one."""
     try:
-        value = json.loads(head[-1].removeprefix(_BOM)) if head else None
+        value = json.loads(line.removeprefix(_BOM))
     except (ValueError, RecursionError):
         return "text"
     return "jsonl" if isinstance(value, str | dict) else "text"

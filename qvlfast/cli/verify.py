@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import add_hub_options
+from .streams import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,16 +75,27 @@ def run(options: argparse.Namespace) -> int:
     from .verify_report import TOLERANCES, Verdict
     from .verify_samples import embed_samples, rerank_samples
 
+    if options.picture is not None:
+        with open(options.picture, "rb"):  # one that is not there is found before the work
+            pass
     version = _transformers_version()
     folder = locate(options.model, revision=options.revision, local_files_only=options.offline)
     config = load_config(folder)
+    kinds = _kinds(options.kind, f"{options.model} {folder.name}")
+    published_too = "embedder" in kinds and (
+        options.published or published.is_published(str(options.model), config)
+    )
+    if (options.picture is not None or options.fetch_picture) and not published_too:
+        raise ValueError(
+            "--picture and --fetch-picture are for the published numbers of an embedder: give "
+            "--published too"
+        )
     dtype = own_dtype(Checkpoint(folder)) if options.dtype == "auto" else options.dtype
     if dtype not in TOLERANCES:
         raise ValueError(f"the weights are {dtype}: give --dtype {', '.join(TOLERANCES)}")
     device = choose_device(options.device)
     import torch
 
-    kinds = _kinds(options.kind, f"{options.model} {folder.name}")
     print(f"{options.model}: {' and '.join(kinds)}, {dtype} on {device}")
     print(f"qvlfast {_own_version()}, transformers {version}, torch {torch.__version__}")
     verdict = Verdict([])
@@ -97,9 +108,7 @@ def run(options: argparse.Namespace) -> int:
         found[kind] = (samples, prompts, values)
     _compare_prompts(folder, found, version, verdict)
     _compare_models(folder, dtype, device, found, answers, options.truth, verdict)
-    if "embedder" in kinds and (
-        options.published or published.is_published(str(options.model), config)
-    ):
+    if published_too:
         published.compare(options, dtype, verdict)
     if verdict.failures:
         print(f"\nFAILED: {', '.join(verdict.failures)}")
@@ -202,7 +211,7 @@ def reference_scores(
 
 def _say(what: str) -> None:
     """Large models take minutes: say what they are spent on."""
-    print(f"qvlfast: {what}", file=sys.stderr)
+    say(f"qvlfast: {what}")
 
 
 def _transformers_version() -> str:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from .streams import naming
 from .work import Work
 
 SUFFIXES = (".npy", ".parquet", ".safetensors", ".jsonl")
@@ -74,44 +75,56 @@ def check_suffix(output: Path) -> None:
             ) from None
 
 
+def side_files(output: Path) -> dict[str, Path]:
+    """What a run may make beside an output: ``errors``, and by its format ``ids``, ``scales``."""
+    names = {"errors": "errors.jsonl"}
+    if output.suffix in (".npy", ".safetensors"):
+        names["ids"] = "ids.jsonl"
+    if output.suffix == ".npy":
+        names["scales"] = "scales.npy"
+    return {kind: output.with_name(f"{output.name}.{name}") for kind, name in names.items()}
+
+
 def finish(work: Work, layout: Layout) -> None:
     """Write the output and its side files; the output itself appears last, whole."""
-    output = work.output
+    output, beside = work.output, side_files(work.output)
     write = {
         ".npy": _write_npy,
         ".safetensors": _write_safetensors,
         ".parquet": _write_parquet,
         ".jsonl": _write_jsonl,
     }[output.suffix]
-    with _replacing(output) as temporary:
+    with _replacing(output, work.path("output.tmp")) as temporary:
         write(temporary, work, layout)
-        ids, errors = (output.with_name(f"{output.name}.{k}.jsonl") for k in ("ids", "errors"))
-        _side_file(work.path("ids.jsonl"), ids, output.suffix in (".npy", ".safetensors"))
-        _side_file(work.path("errors.jsonl"), errors, work.state.failed > 0)
-        if output.suffix == ".npy":
-            _write_scales(output.with_name(f"{output.name}.scales.npy"), work, layout)
+        wanted = {"errors": work.state.failed > 0, "ids": True, "scales": layout.scaled}
+        for kind, path in beside.items():
+            if not wanted[kind]:
+                path.unlink(missing_ok=True)  # of an earlier run
+                continue
+            with _replacing(path, work.path(f"{kind}.tmp")) as beside_temporary:
+                if kind == "scales":
+                    _write_scales(beside_temporary, work, layout)
+                else:
+                    _copy(work.path(f"{kind}.jsonl"), beside_temporary)
     work.remove()
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def _replacing(path: Path, temporary: Path) -> Iterator[Path]:
     """A name to write to; what is there in the end is synced and becomes ``path`` at once."""
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _side_file(source: Path, target: Path, wanted: bool) -> None:
-    if not wanted:
-        target.unlink(missing_ok=True)  # of an earlier run
-        return
-    with _replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as given, target.open("wb") as taken:
+        shutil.copyfileobj(given, taken)
 
 
 def _blocks(work: Work, layout: Layout) -> Iterator[NDArray[Any]]:
@@ -134,10 +147,7 @@ def _write_npy(path: Path, work: Work, layout: Layout) -> None:
 
 
 def _write_scales(path: Path, work: Work, layout: Layout) -> None:
-    if not layout.scaled:
-        path.unlink(missing_ok=True)
-        return
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         _write_header(file, (work.state.done,), "<f4")
         for block in _blocks(work, layout):
             file.write(block["scale"].tobytes())
