@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checkpoint import WEIGHT_DTYPES, Checkpoint
+from .checkpoint import WEIGHT_DTYPES, Checkpoint, Expected
 from .config import ModelConfig, PixelConfig, VisionConfig
 from .errors import CheckpointError
 from .ops import Linear, Ops, Weight
 from .quant import Quantization
 from .quant.stored import Stored, find_stored, load_stored, warn_of_widening
+
+KV_PROJ = ("self_attn.k_proj", "self_attn.v_proj")
+GATE_UP_PROJ = ("mlp.gate_proj", "mlp.up_proj")
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,15 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{layer}.mlp.up_proj", text.intermediate_size, h, bias=False)
         linear(f"{layer}.mlp.down_proj", h, text.intermediate_size, bias=False)
     return shapes
+
+
+def merged_with(name: str) -> tuple[str, ...]:
+    """The linears that are loaded as one with the one of that name, which is among them."""
+    for parts in (KV_PROJ, GATE_UP_PROJ):
+        for part in parts:
+            if name.endswith(f".{part}"):
+                return tuple(name.removesuffix(part) + other for other in parts)
+    return (name,)
 
 
 def own_shapes(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -295,13 +307,13 @@ def _load_text(load: _Loader, num_layers: int) -> TextWeights:
         return TextLayer(
             input_norm=load(f"{name}.input_layernorm.weight"),
             q_proj=load.linear(f"{name}.self_attn.q_proj", bias=False),
-            kv_proj=load.linear(f"{name}.self_attn.k_proj", f"{name}.self_attn.v_proj", bias=False),
+            kv_proj=load.linear(*(f"{name}.{part}" for part in KV_PROJ), bias=False),
             q_norm=load(f"{name}.self_attn.q_norm.weight"),
             k_norm=load(f"{name}.self_attn.k_norm.weight"),
             o_proj=load.linear(f"{name}.self_attn.o_proj", bias=False),
             post_norm=load(f"{name}.post_attention_layernorm.weight"),
             gate_up_proj=load.linear(
-                f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj", bias=False, gated=True
+                *(f"{name}.{part}" for part in GATE_UP_PROJ), bias=False, gated=True
             ),
             down_proj=load.linear(f"{name}.mlp.down_proj", bias=False),
         )
@@ -354,13 +366,10 @@ def load_weights(
     head_optional = answer_ids is None or config.tie_word_embeddings
     stored = find_stored(checkpoint, expected)
     warn_of_widening(stored, ops.keeps, quantization, dtype)
-    parts = {part: shape for linear in stored.values() for part, shape in linear.parts.items()}
-    expected = {name: shape for name, shape in expected.items() if name not in stored} | parts
-    checkpoint.require(
-        expected,
-        optional=frozenset({"lm_head.weight"} if head_optional else ()),
-        quantised=frozenset(parts),
-    )
+    wanted = {name: Expected(shape) for name, shape in expected.items() if name not in stored}
+    for linear in stored.values():
+        wanted |= linear.parts
+    checkpoint.require(wanted, optional=frozenset({"lm_head.weight"} if head_optional else ()))
     embedding = f"{prefix}language_model.embed_tokens.weight"
     load = _Loader(checkpoint, prefix, ops, dtype, device, quantization, stored)
     rows = None
