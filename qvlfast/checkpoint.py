@@ -115,7 +115,7 @@ class Checkpoint:
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             index = {str(name): self.folder / Path(file).name for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}): download it again"
             ) from None

@@ -203,6 +203,21 @@ def fold_normalisation(
     return rounded.flatten(1).contiguous(), folded_bias
 
 
+def wanted_tensors(
+    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]
+) -> dict[str, Expected]:
+    """What the files have to hold.
+
+    Args:
+        shapes: of :func:`own_shapes`.
+        stored: of :func:`qvlfast.quant.stored.find_stored`.
+    """
+    wanted = {name: Expected(shape) for name, shape in shapes.items() if name not in stored}
+    for linear in stored.values():
+        wanted |= linear.parts
+    return wanted
+
+
 class _Loader:
     """Takes tensors by their published name, in one dtype, on one device, for one backend."""
 
@@ -366,10 +381,8 @@ def load_weights(
     head_optional = answer_ids is None or config.tie_word_embeddings
     stored = find_stored(checkpoint, expected)
     warn_of_widening(stored, ops.keeps, quantization, dtype)
-    wanted = {name: Expected(shape) for name, shape in expected.items() if name not in stored}
-    for linear in stored.values():
-        wanted |= linear.parts
-    checkpoint.require(wanted, optional=frozenset({"lm_head.weight"} if head_optional else ()))
+    optional = frozenset({"lm_head.weight"} if head_optional else ())
+    checkpoint.require(wanted_tensors(expected, stored), optional)
     embedding = f"{prefix}language_model.embed_tokens.weight"
     load = _Loader(checkpoint, prefix, ops, dtype, device, quantization, stored)
     rows = None
