@@ -125,10 +125,12 @@ class _Reader:
             raise CheckpointError(f"{self.where}: `{key}` is missing or not an object")
         return _Reader(value, f"{self.where}: {key}")
 
-    def integer(self, key: str, default: int | None = None, most: int = _SIZE_MOST) -> int:
+    def integer(
+        self, key: str, default: int | None = None, *, least: int = 0, most: int = _SIZE_MOST
+    ) -> int:
         value = self.values.get(key, default)
-        if type(value) is not int or not 0 <= value <= most:
-            raise self._wrong(key, value, f"an integer from 0 to {most}")
+        if type(value) is not int or not least <= value <= most:
+            raise self._wrong(key, value, f"an integer from {least} to {most}")
         return value
 
     def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -221,7 +223,7 @@ def _vision_config(reader: _Reader) -> VisionConfig:
         in_channels=reader.integer("in_channels", 3),
         patch_size=reader.integer("patch_size"),
         temporal_patch_size=reader.integer("temporal_patch_size"),
-        spatial_merge_size=reader.integer("spatial_merge_size"),
+        spatial_merge_size=reader.integer("spatial_merge_size", least=1),
         out_hidden_size=reader.integer("out_hidden_size"),
         num_positions=reader.integer("num_position_embeddings"),
         deepstack_layers=reader.integers("deepstack_visual_indexes", ()),

@@ -241,6 +241,10 @@ def test_damaged_index(odd_checkpoint: Path, tmp_path: Path, text: str) -> None:
             lambda c: c["text_config"].update(num_hidden_layers=2**31),
             "`num_hidden_layers` is 2147483648, expected an integer from 0 to 1024",
         ),
+        (
+            lambda c: c["vision_config"].update(spatial_merge_size=0),
+            "`spatial_merge_size` is 0, expected an integer from 1 to",
+        ),
         (lambda c: c["text_config"].update(rms_norm_eps=10**400), "`rms_norm_eps` is 1000"),
         (lambda c: c["text_config"].update(rms_norm_eps=float("nan")), "`rms_norm_eps` is nan"),
         (lambda c: c.update(quantization_config=[]), r"quantised by None"),
