@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +19,19 @@ WEIGHT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.floa
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one tensor of a checkpoint must be.
+
+    Attributes:
+        shape: of it.
+        dtypes: any of these, as safetensors names them.
+    """
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = tuple(WEIGHT_DTYPES)
 
 
 def locate(
@@ -101,7 +115,7 @@ class Checkpoint:
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             index = {str(name): self.folder / Path(file).name for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}): download it again"
             ) from None
@@ -147,34 +161,50 @@ class Checkpoint:
             self.shapes[name] = tuple(view.get_shape())
             self.dtypes[name] = view.get_dtype()
 
-    def require(
-        self,
-        expected: Mapping[str, tuple[int, ...]],
-        optional: frozenset[str],
-        quantised: frozenset[str] = frozenset(),
-    ) -> None:
+    def check(self, parts: Mapping[str, Expected]) -> None:
+        """Check that the files hold these ``parts`` of a quantised weight, before they are read.
+
+        Raises:
+            CheckpointError: names the first that is missing, misshapen or of another dtype.
+        """
+        for name, want in parts.items():
+            if name not in self.shapes:
+                beside = next((f" beside {other}" for other in parts if other in self.shapes), "")
+                raise CheckpointError(
+                    f"{name} is missing{beside}: the file is incomplete, download it again"
+                )
+            if self.dtypes[name] not in want.dtypes:
+                raise CheckpointError(
+                    f"{name} is {self.dtypes[name]}, expected {_one_of(want.dtypes)}: download it "
+                    "again, or take the original checkpoint with quantization='int8'"
+                )
+            if self.shapes[name] != want.shape:
+                raise CheckpointError(
+                    f"{name} is {list(self.shapes[name])}, expected {list(want.shape)}: download "
+                    "it again"
+                )
+
+    def require(self, expected: Mapping[str, Expected], optional: frozenset[str]) -> None:
         """Check that the files hold exactly the ``expected`` tensors.
 
         Args:
-            expected: name → shape.
             optional: names that may be absent.
-            quantised: names that may be of any dtype.
 
         Raises:
-            CheckpointError: names every kind of mismatch: missing, left over, misshapen, of a
-                dtype other than float32, bfloat16 and float16.
+            CheckpointError: names every kind of mismatch: missing, left over, misshapen, of
+                another dtype.
         """
         missing = [n for n in expected if n not in self.shapes and n not in optional]
         left_over = [n for n in self.shapes if n not in expected]
         misshapen = [
-            f"{n} is {list(self.shapes[n])}, expected {list(shape)}"
-            for n, shape in expected.items()
-            if n in self.shapes and self.shapes[n] != shape
+            f"{n} is {list(self.shapes[n])}, expected {list(want.shape)}"
+            for n, want in expected.items()
+            if n in self.shapes and self.shapes[n] != want.shape
         ]
         wrong_type = [
-            f"{n} is {dtype}, expected one of {', '.join(WEIGHT_DTYPES)}"
-            for n, dtype in self.dtypes.items()
-            if dtype not in WEIGHT_DTYPES and n in expected and n not in quantised
+            f"{n} is {self.dtypes[n]}, expected {_one_of(want.dtypes)}"
+            for n, want in expected.items()
+            if n in self.dtypes and self.dtypes[n] not in want.dtypes
         ]
         problems = {
             "missing": missing,
@@ -204,3 +234,7 @@ class Checkpoint:
         """The tensor, on the CPU, backed by the mapped file."""
         value: torch.Tensor = self._files[self._owner[name]].get_tensor(name)
         return value
+
+
+def _one_of(dtypes: tuple[str, ...]) -> str:
+    return dtypes[0] if len(dtypes) == 1 else f"one of {', '.join(dtypes)}"

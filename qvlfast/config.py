@@ -7,6 +7,8 @@ in use: ``rope_parameters`` (transformers 5) and ``rope_scaling`` + ``rope_theta
 from __future__ import annotations
 
 import json
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,11 @@ MODEL_TYPES = ("qwen3_vl",)
 
 # Makers of quantised checkpoints that are read, as `quantization_config` names them.
 QUANT_METHODS = ("compressed-tensors", "bitsandbytes", "fp8")
+
+# Far above those of any model: what is made for each layer, or is as large as a size says, is not
+# made for a damaged one.
+_LAYERS_MOST = 1 << 10
+_SIZE_MOST = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -93,11 +100,16 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} does not exist: the checkpoint folder is incomplete, download it again"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of bytes, of JSON, of numbers; of its depth
         raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a float can hold; NaN and infinity are none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 class _Reader:
@@ -113,17 +125,36 @@ class _Reader:
             raise CheckpointError(f"{self.where}: `{key}` is missing or not an object")
         return _Reader(value, f"{self.where}: {key}")
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(
+        self, key: str, default: int | None = None, *, least: int = 0, most: int = _SIZE_MOST
+    ) -> int:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise CheckpointError(f"{self.where}: `{key}` is {value!r}, expected an integer >= 0")
+        if type(value) is not int or not least <= value <= most:
+            raise self._wrong(key, value, f"an integer from {least} to {most}")
         return value
+
+    def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        value = self.values.get(key, list(default))
+        if not isinstance(value, list) or not all(type(v) is int for v in value):
+            raise self._wrong(key, value, "a list of integers")
+        return tuple(value)
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{self.where}: `{key}` is {value!r}, expected a number")
+        if not _is_number(value):
+            raise self._wrong(key, value, "a number")
         return float(value)
+
+    def triple(self, key: str, default: float) -> tuple[float, float, float]:
+        value = self.values.get(key, [default] * 3)
+        if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):
+            raise self._wrong(key, value, "three numbers")
+        return (float(value[0]), float(value[1]), float(value[2]))
+
+    def _wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.where}: `{key}` is {reprlib.repr(value)}, expected {expected}"
+        )
 
     def expect(self, key: str, *allowed: Any) -> None:
         """The code supports these values only; an absent key means the first."""
@@ -149,26 +180,27 @@ def _text_config(reader: _Reader) -> TextConfig:
         raise CheckpointError(f"{reader.where}: neither `rope_parameters` nor `rope_scaling`")
     rope.expect("rope_type", "default", "mrope")
     theta_owner = rope if "rope_theta" in rope.values else reader
-    section = rope.values.get("mrope_section", [24, 20, 20])
+    section = rope.integers("mrope_section", (24, 20, 20))
     heads = reader.integer("num_attention_heads")
     hidden = reader.integer("hidden_size")
+    head_dim = reader.integer("head_dim", hidden // max(heads, 1))
+    if len(section) != 3 or 2 * sum(section) != head_dim:
+        raise CheckpointError(
+            f"{rope.where}: `mrope_section` is {reprlib.repr(section)}, expected three numbers "
+            f"that add up to head_dim / 2 = {head_dim // 2}"
+        )
     config = TextConfig(
         hidden_size=hidden,
-        num_layers=reader.integer("num_hidden_layers"),
+        num_layers=reader.integer("num_hidden_layers", most=_LAYERS_MOST),
         intermediate_size=reader.integer("intermediate_size"),
         num_heads=heads,
         num_kv_heads=reader.integer("num_key_value_heads"),
-        head_dim=reader.integer("head_dim", hidden // max(heads, 1)),
+        head_dim=head_dim,
         vocab_size=reader.integer("vocab_size"),
         norm_eps=reader.number("rms_norm_eps", 1e-6),
         rope_theta=theta_owner.number("rope_theta"),
-        mrope_section=tuple(section),
+        mrope_section=(section[0], section[1], section[2]),
     )
-    if len(config.mrope_section) != 3 or 2 * sum(config.mrope_section) != config.head_dim:
-        raise CheckpointError(
-            f"{rope.where}: `mrope_section` is {section!r}, expected three numbers "
-            f"that add up to head_dim / 2 = {config.head_dim // 2}"
-        )
     if config.num_kv_heads == 0 or config.num_heads % config.num_kv_heads:
         raise CheckpointError(
             f"{reader.where}: {config.num_heads} query heads are not a multiple of "
@@ -185,16 +217,16 @@ def _vision_config(reader: _Reader) -> VisionConfig:
         theta = reader.child("rope_parameters").number("rope_theta", theta)
     config = VisionConfig(
         hidden_size=reader.integer("hidden_size"),
-        depth=reader.integer("depth"),
+        depth=reader.integer("depth", most=_LAYERS_MOST),
         intermediate_size=reader.integer("intermediate_size"),
         num_heads=reader.integer("num_heads"),
         in_channels=reader.integer("in_channels", 3),
         patch_size=reader.integer("patch_size"),
         temporal_patch_size=reader.integer("temporal_patch_size"),
-        spatial_merge_size=reader.integer("spatial_merge_size"),
+        spatial_merge_size=reader.integer("spatial_merge_size", least=1),
         out_hidden_size=reader.integer("out_hidden_size"),
         num_positions=reader.integer("num_position_embeddings"),
-        deepstack_layers=tuple(reader.values.get("deepstack_visual_indexes", ())),
+        deepstack_layers=reader.integers("deepstack_visual_indexes", ()),
         rope_theta=theta,
         norm_eps=1e-6,
     )
@@ -283,17 +315,10 @@ def load_pixel_config(folder: Path) -> PixelConfig:
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return PixelConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    values = _read_json(path)
-    if abs(float(values.get("rescale_factor", 1 / 255)) - 1 / 255) > 1e-9:
-        raise CheckpointError(f"{path}: rescale_factor {values['rescale_factor']} is not 1/255")
-
-    def triple(key: str) -> tuple[float, float, float]:
-        value = values.get(key, [0.5, 0.5, 0.5])
-        if not isinstance(value, list) or len(value) != 3:
-            raise CheckpointError(f"{path}: `{key}` is {value!r}, expected three numbers")
-        return (float(value[0]), float(value[1]), float(value[2]))
-
-    config = PixelConfig(mean=triple("image_mean"), std=triple("image_std"))
+    reader = _Reader(_read_json(path), str(path))
+    if abs((factor := reader.number("rescale_factor", 1 / 255)) - 1 / 255) > 1e-9:
+        raise CheckpointError(f"{path}: rescale_factor {factor} is not 1/255")
+    config = PixelConfig(mean=reader.triple("image_mean", 0.5), std=reader.triple("image_std", 0.5))
     if min(config.std) <= 0:
         raise CheckpointError(f"{path}: image_std {config.std} must be positive")
     return config

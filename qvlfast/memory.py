@@ -53,8 +53,9 @@ def weight_bytes(shapes: Mapping[str, tuple[int, ...]], setup: Setup) -> dict[st
         if name == "lm_head.weight":
             found[name] = 2 * shape[1] * 4  # the rows of yes and no
         elif len(shape) == 2 and not name.endswith(("embed_tokens.weight", "pos_embed.weight")):
-            form = setup.form(name.removesuffix(".weight"))
-            found[name] = linear_bytes(shape[0], shape[1], form, setup)
+            linear = name.removesuffix(".weight")
+            form, group = setup.form(linear), setup.group(linear)
+            found[name] = linear_bytes(shape[0], shape[1], form, setup, group)
         elif name.endswith("patch_embed.proj.weight"):
             # Twice: for the frame of a still, and for those of a video.
             k = int(np.prod(shape[1:]))
@@ -70,9 +71,13 @@ def weight_bytes(shapes: Mapping[str, tuple[int, ...]], setup: Setup) -> dict[st
     return found
 
 
-def linear_bytes(n: int, k: int, form: Format, setup: Setup) -> int:
-    """Bytes of one ``[N, K]`` weight."""
-    group, size = setup.group, setup.dtype.itemsize
+def linear_bytes(n: int, k: int, form: Format, setup: Setup, group: int = 64) -> int:
+    """Bytes of one ``[N, K]`` weight.
+
+    Args:
+        group: inputs that share a multiplier, in int4.
+    """
+    size = setup.dtype.itemsize
     if setup.backend == "native":
         # Panels of 16 channels; K in steps that every instruction set can take.
         n = -(-n // _PANEL) * _PANEL

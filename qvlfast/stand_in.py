@@ -29,6 +29,7 @@ from .weights import (
     TextWeights,
     VisionBlock,
     VisionWeights,
+    merged_with,
 )
 
 META = torch.device("meta")
@@ -45,14 +46,14 @@ class Setup:
         dtype: of activations and of weights in floating point.
         backend: ``reference``, ``native`` or ``triton``.
         form: the format of a linear, by its published name without ``model.`` and ``.weight``.
-        group: inputs that share a multiplier, in int4.
+        group: inputs that share a multiplier, of a linear in int4, by its name.
         weight_only: int4 weights are multiplied by rows in floating point.
     """
 
     dtype: torch.dtype
     backend: str = "reference"
     form: Callable[[str], Format] = lambda name: "float"
-    group: int = 64
+    group: Callable[[str], int] = lambda name: 64
     weight_only: bool = False
 
     @classmethod
@@ -71,18 +72,33 @@ class Setup:
             stored: of :func:`qvlfast.quant.stored.find_stored`.
             plan: for weights in floating point.
         """
-        known = {published_name(full): value.form for full, value in stored.items()}
+        known = {
+            published_name(full): (value.form, value.group)
+            for full, value in stored.items()
+            if value.form in keeps
+        }
+
+        def alone(name: str) -> tuple[Format, int]:
+            if name in known:
+                return known[name]
+            if plan is None or plan.format not in keeps or not plan.covers(name):
+                return "float", 64
+            return plan.format, plan.group
 
         def form(name: str) -> Format:
-            if (found := known.get(name)) in keeps:
-                return str(found)
-            if plan is None or not plan.covers(name):
+            parts = {alone(part) for part in merged_with(name)}
+            forms = {form for form, _ in parts}
+            if "float" in forms:
                 return "float"
-            return plan.format if plan.format in keeps else "float"
+            # Only the reference keeps weights of several formats side by side.
+            if backend != "reference" and len(parts) > 1 and forms <= {"int8", "int4"}:
+                return "int8"
+            return alone(name)[0]
 
-        if plan is None:
-            return cls(dtype, backend, form)
-        return cls(dtype, backend, form, plan.group, plan.weight_only)
+        def group(name: str) -> int:
+            return alone(name)[1]
+
+        return cls(dtype, backend, form, group, plan is not None and plan.weight_only)
 
     def rows(self, name: str) -> RowFormat:
         """The form in which that linear takes its input."""
@@ -150,7 +166,8 @@ def stand_in_weights(
         return torch.empty(shape, dtype=dtype, device=META)
 
     def linear(name: str, k: int, *sizes: int, bias: bool = False, gated: bool = False) -> Linear:
-        parts = [_weight(n, k, setup.form(name), setup) for n in sizes]
+        form, group = setup.form(name), setup.group(name)
+        parts = [_weight(n, k, form, group, setup.dtype) for n in sizes]
         whole = new(sum(sizes)) if bias else None
         return prepare(parts, whole, rows=setup.rows(name), gated=gated)
 
@@ -214,7 +231,7 @@ def stand_in_weights(
     )
 
 
-def _weight(n: int, k: int, form: Format, setup: Setup) -> Weight:
+def _weight(n: int, k: int, form: Format, group: int, dtype: torch.dtype) -> Weight:
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=META)
 
@@ -222,11 +239,11 @@ def _weight(n: int, k: int, form: Format, setup: Setup) -> Weight:
     if form == "int8":
         return Int8Weight(new(n, k, dtype=torch.int8), scale)
     if form == "int4":
-        multiplier = new(n, -(-k // setup.group), dtype=torch.uint8)
-        return Int4Weight(new(n, k // 2, dtype=torch.uint8), multiplier, scale, setup.group)
+        multiplier = new(n, -(-k // group), dtype=torch.uint8)
+        return Int4Weight(new(n, k // 2, dtype=torch.uint8), multiplier, scale, group)
     if form in ("fp8", "fp8_blocks"):
         return Fp8Weight(new(n, k, dtype=torch.float8_e4m3fn), scale)
-    return new(n, k, dtype=setup.dtype)
+    return new(n, k, dtype=dtype)
 
 
 def _width(layer: Linear) -> int:

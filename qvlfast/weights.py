@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checkpoint import WEIGHT_DTYPES, Checkpoint
+from .checkpoint import WEIGHT_DTYPES, Checkpoint, Expected
 from .config import ModelConfig, PixelConfig, VisionConfig
 from .errors import CheckpointError
 from .ops import Linear, Ops, Weight
 from .quant import Quantization
 from .quant.stored import Stored, find_stored, load_stored, warn_of_widening
+
+KV_PROJ = ("self_attn.k_proj", "self_attn.v_proj")
+GATE_UP_PROJ = ("mlp.gate_proj", "mlp.up_proj")
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,15 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def merged_with(name: str) -> tuple[str, ...]:
+    """The linears that are loaded as one with the one of that name, which is among them."""
+    for parts in (KV_PROJ, GATE_UP_PROJ):
+        for part in parts:
+            if name.endswith(f".{part}"):
+                return tuple(name.removesuffix(part) + other for other in parts)
+    return (name,)
+
+
 def own_shapes(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """:func:`expected_shapes` by the checkpoint's names, which may lack ``model.``."""
     expected = expected_shapes(config)
@@ -189,6 +201,21 @@ def fold_normalisation(
     shift = (rounded.double() * (255.0 * mean)).sum(dim=(1, 2))
     folded_bias = (bias.to("cpu", torch.float64) - shift).float()
     return rounded.flatten(1).contiguous(), folded_bias
+
+
+def wanted_tensors(
+    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]
+) -> dict[str, Expected]:
+    """What the files have to hold.
+
+    Args:
+        shapes: of :func:`own_shapes`.
+        stored: of :func:`qvlfast.quant.stored.find_stored`.
+    """
+    wanted = {name: Expected(shape) for name, shape in shapes.items() if name not in stored}
+    for linear in stored.values():
+        wanted |= linear.parts
+    return wanted
 
 
 class _Loader:
@@ -295,13 +322,13 @@ def _load_text(load: _Loader, num_layers: int) -> TextWeights:
         return TextLayer(
             input_norm=load(f"{name}.input_layernorm.weight"),
             q_proj=load.linear(f"{name}.self_attn.q_proj", bias=False),
-            kv_proj=load.linear(f"{name}.self_attn.k_proj", f"{name}.self_attn.v_proj", bias=False),
+            kv_proj=load.linear(*(f"{name}.{part}" for part in KV_PROJ), bias=False),
             q_norm=load(f"{name}.self_attn.q_norm.weight"),
             k_norm=load(f"{name}.self_attn.k_norm.weight"),
             o_proj=load.linear(f"{name}.self_attn.o_proj", bias=False),
             post_norm=load(f"{name}.post_attention_layernorm.weight"),
             gate_up_proj=load.linear(
-                f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj", bias=False, gated=True
+                *(f"{name}.{part}" for part in GATE_UP_PROJ), bias=False, gated=True
             ),
             down_proj=load.linear(f"{name}.mlp.down_proj", bias=False),
         )
@@ -354,13 +381,8 @@ def load_weights(
     head_optional = answer_ids is None or config.tie_word_embeddings
     stored = find_stored(checkpoint, expected)
     warn_of_widening(stored, ops.keeps, quantization, dtype)
-    parts = {part: shape for linear in stored.values() for part, shape in linear.parts.items()}
-    expected = {name: shape for name, shape in expected.items() if name not in stored} | parts
-    checkpoint.require(
-        expected,
-        optional=frozenset({"lm_head.weight"} if head_optional else ()),
-        quantised=frozenset(parts),
-    )
+    optional = frozenset({"lm_head.weight"} if head_optional else ())
+    checkpoint.require(wanted_tensors(expected, stored), optional)
     embedding = f"{prefix}language_model.embed_tokens.weight"
     load = _Loader(checkpoint, prefix, ops, dtype, device, quantization, stored)
     rows = None

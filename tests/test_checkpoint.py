@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.checkpoints import write_checkpoint
 from qvlfast import CheckpointError, Embedder, Reranker
 from qvlfast.checkpoint import Checkpoint, locate
+from qvlfast.cli import main
 from qvlfast.config import load_config, load_pixel_config
 from qvlfast.ops import Ops
 from qvlfast.weights import expected_shapes, load_weights
@@ -152,6 +153,16 @@ def test_wrong_tensors_are_named(copy: Path, change, message: str) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize("change", [change_shape, change_dtype])
+def test_info_refuses_what_would_not_load(
+    copy: Path, change, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(copy, change)
+    assert main(["info", str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("qvlfast: ") and NORM in error and error.count("\n") == 1
+
+
 def test_reranker_needs_a_head_where_it_is_not_tied(copy: Path) -> None:
     edit_config(copy, lambda c: c.update(tie_word_embeddings=False))
     load(copy)
@@ -192,7 +203,7 @@ def test_shard_of_another_download(odd_checkpoint: Path, tmp_path: Path) -> None
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": 3}', "{}"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": 3}', "{}", "[" * 100_000])
 def test_damaged_index(odd_checkpoint: Path, tmp_path: Path, text: str) -> None:
     folder = Path(shutil.copytree(odd_checkpoint, tmp_path / "copy"))
     (folder / "model.safetensors.index.json").write_text(text)
@@ -218,6 +229,26 @@ def test_damaged_index(odd_checkpoint: Path, tmp_path: Path, text: str) -> None:
         (lambda c: c["vision_config"].update(num_position_embeddings=7), "not a square"),
         (lambda c: c["vision_config"].update(out_hidden_size=64), "the decoder takes 128"),
         (lambda c: c["vision_config"].update(deepstack_visual_indexes=[9]), r"\[9\] are not among"),
+        (
+            lambda c: c["vision_config"].update(deepstack_visual_indexes=["x"]),
+            r"`deepstack_visual_indexes` is \['x'\], expected a list of integers",
+        ),
+        (
+            lambda c: c["text_config"]["rope_parameters"].update(mrope_section=None),
+            "`mrope_section` is None, expected a list of integers",
+        ),
+        (
+            lambda c: c["text_config"].update(num_hidden_layers=2**31),
+            "`num_hidden_layers` is 2147483648, expected an integer from 0 to 1024",
+        ),
+        (
+            lambda c: c["vision_config"].update(spatial_merge_size=0),
+            "`spatial_merge_size` is 0, expected an integer from 1 to",
+        ),
+        (lambda c: c["text_config"].update(rms_norm_eps=10**400), "`rms_norm_eps` is 1000"),
+        (lambda c: c["text_config"].update(rms_norm_eps=float("nan")), "`rms_norm_eps` is nan"),
+        (lambda c: c.update(quantization_config=[]), r"quantised by None"),
+        (lambda c: c.update(quantization_config={"quant_method": ["fp8"]}), r"by \['fp8'\]"),
     ],
 )
 def test_wrong_config_is_named(copy: Path, change, message: str) -> None:
@@ -226,7 +257,24 @@ def test_wrong_config_is_named(copy: Path, change, message: str) -> None:
         load_config(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_mean": [0.5, 0.5]}, r"`image_mean` is \[0.5, 0.5\], expected three numbers"),
+        ({"image_mean": [0.5, 0.5, "x"]}, "expected three numbers"),
+        ({"image_std": [0.5, 0.5, 10**400]}, "expected three numbers"),
+        ({"image_std": [0.5, 0.5, 0]}, "must be positive"),
+        ({"rescale_factor": "x"}, "`rescale_factor` is 'x', expected a number"),
+        ({"rescale_factor": 1}, "is not 1/255"),
+    ],
+)
+def test_wrong_pixels_are_named(tmp_path: Path, change, message: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))
+    with pytest.raises(CheckpointError, match=message):
+        load_pixel_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00", "[" * 100_000, "1" * 5000])
 def test_damaged_config(copy: Path, text: str) -> None:
     (copy / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):

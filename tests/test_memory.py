@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,6 +34,8 @@ from qvlfast.memory import (
 )
 from qvlfast.model import Model
 from qvlfast.quant import quantise
+from qvlfast.quant.convert import convert
+from qvlfast.quant.stored import find_stored
 from qvlfast.stand_in import Setup
 from qvlfast.weights import expected_shapes, load_weights
 
@@ -169,6 +173,53 @@ def test_a_loaded_model_takes_what_is_said(
     config, model = load(checkpoint, backend, torch.float32, plan)
     setup = Setup(torch.float32, backend, form_of(plan).form)
     said = weight_bytes(expected_shapes(config), setup)
+    assert sum(said.values()) - said["lm_head.weight"] == loaded_bytes(model.weights)
+
+
+def other_scales(tensors: dict[str, Tensor], floats: dict[str, Tensor]) -> None:
+    """As another maker has them: free, and not the multiples of one number."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith("weight_scale"):
+            tensors[name] = tensor * (1 + 0.2 * torch.rand(tensor.shape, generator=generator))
+
+
+def some_as_they_were(tensors: dict[str, Tensor], floats: dict[str, Tensor]) -> None:
+    """One of each two linears that are loaded as one is left in floating point."""
+    for name, tensor in floats.items():
+        if name.endswith(("v_proj.weight", "gate_proj.weight")):
+            del tensors[f"{name}_scale"]
+            tensors[name] = tensor
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("at_load", [None, Quantization("int4", group=32)])
+@pytest.mark.parametrize(
+    ("form", "group", "change"),
+    [
+        ("int4", 32, None),
+        ("int4", 128, None),
+        ("int4", 64, other_scales),
+        ("int8", 64, some_as_they_were),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:4-bit weights whose scales")
+def test_a_quantised_checkpoint_takes_what_is_said(
+    backend: str, at_load: Quantization | None, form: str, group: int,
+    change: Callable[[dict[str, Tensor], dict[str, Tensor]], None] | None,
+    checkpoint: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = tmp_path / "quantised"
+    convert(checkpoint, folder, Quantization(form, group=group))
+    if change is not None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors, load_file(checkpoint / "model.safetensors"))
+        save_file(tensors, folder / "model.safetensors")
+    config, model = load(folder, backend, torch.float32, at_load)
+    shapes = expected_shapes(config)
+    stored = find_stored(Checkpoint(folder), shapes)
+    setup = Setup.loaded(torch.float32, backend, model.ops.keeps, stored, at_load)
+    said = weight_bytes(shapes, setup)
     assert sum(said.values()) - said["lm_head.weight"] == loaded_bytes(model.weights)
 
 

@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     from ..checkpoint import Checkpoint, locate
     from ..config import load_config
     from ..errors import BackendError
+    from ..weights import own_shapes, wanted_tensors
     from .plan import Planner, find_device
 
     folder = locate(options.model, local_files_only=True)
@@ -77,6 +78,9 @@ def run(options: argparse.Namespace) -> int:
     checkpoint = Checkpoint(folder)
     own = own_dtype(checkpoint)
     planner = Planner(checkpoint, config, find_device(options.device, options.memory))
+    shapes = own_shapes(checkpoint, config)
+    # What is there must load; what is missing is told at the end.
+    checkpoint.require(wanted_tensors(shapes, planner.stored), optional=frozenset(shapes))
     forms = ("int8", "int4", "fp8") if planner.device.kind == "cuda" else ("int8", "int4")
     wishes = _wishes(options, config, own, forms)
     chosen = next(iter(wishes)) if options.quantization or options.dtype != "auto" else own

@@ -5,7 +5,7 @@
                                        row; in bytes, whatever dtype they are stored as
 ``X.weight.quant_map`` ``[16]``        the value of each code
 ``X.weight.absmax``                    a scale for each block of ``blocksize`` values; uint8
-                                       codes of scales if those are quantised once more
+                                       codes of scales if there is a ``nested_blocksize``
 ``X.weight.nested_quant_map`` ``[256]``  the value of each such code
 ``X.weight.nested_absmax``             a scale for each ``nested_blocksize`` of them
 ``X.weight.quant_state.bitsandbytes__nf4``  JSON in bytes: shape, blocksize, nested_offset …
@@ -17,18 +17,25 @@
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, Expected
 from ..errors import CheckpointError
 from .weights import INT8_MOST, Int8Weight
 
 _KINDS = ("nf4", "fp4")
+_STORAGE = ("U8", "I8", "BF16", "F16", "F32", "F64")  # what bitsandbytes packs codes into
+_BLOCK_MOST = 4096  # the largest blocks that bitsandbytes makes
 _CHUNK = 1 << 22  # values that are worked on at once
+# What json.loads, and the look-ups in what it returns, raise for bytes of any kind.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 Shape = tuple[int, ...]
 
@@ -41,8 +48,8 @@ class _State:
     nested: tuple[int, float] | None
 
 
-def find_four_bits(checkpoint: Checkpoint, name: str, shape: Shape) -> dict[str, Shape] | None:
-    """Name → shape of what ``name`` is made of; None if it is no 4-bit weight of bitsandbytes.
+def find_four_bits(checkpoint: Checkpoint, name: str, shape: Shape) -> dict[str, Expected] | None:
+    """What ``name`` is made of, by name; None if it is no 4-bit weight of bitsandbytes.
 
     Raises:
         CheckpointError: it is one, but damaged or incomplete.
@@ -54,30 +61,23 @@ def find_four_bits(checkpoint: Checkpoint, name: str, shape: Shape) -> dict[str,
     n, k = shape
     codes = -(-n * k // 2)
     blocks = -(-n * k // state.blocksize)
-    wanted: dict[str, Shape] = {f"{name}.quant_map": (16,), f"{name}.absmax": (blocks,)}
+    parts = {
+        state_name: Expected(checkpoint.shapes[state_name], ("U8",)),
+        name: Expected(checkpoint.shapes.get(name, ()), _STORAGE),
+        f"{name}.quant_map": Expected((16,)),
+        f"{name}.absmax": Expected((blocks,)),
+    }
     if state.nested is not None:
-        wanted[f"{name}.nested_quant_map"] = (256,)
-        wanted[f"{name}.nested_absmax"] = (-(-blocks // state.nested[0]),)
-    for part, size in wanted.items():
-        found = checkpoint.shapes.get(part)
-        if found is None:
-            raise CheckpointError(
-                f"{part} is missing beside {state_name}: the file is incomplete, download it again"
-            )
-        if found != size:
-            raise CheckpointError(
-                f"{part} is {list(found)}, expected {list(size)} for a weight of {list(shape)} in "
-                f"blocks of {state.blocksize}: download the file again"
-            )
-    if name not in checkpoint.shapes:
-        raise CheckpointError(f"{name} is missing beside {state_name}: download the file again")
-    stored = checkpoint.tensor(name)
-    if stored.nbytes != codes:
+        parts[f"{name}.absmax"] = Expected((blocks,), ("U8",))
+        parts[f"{name}.nested_quant_map"] = Expected((256,))
+        parts[f"{name}.nested_absmax"] = Expected((-(-blocks // state.nested[0]),))
+    checkpoint.check(parts)
+    if (held := checkpoint.tensor(name).nbytes) != codes:
         raise CheckpointError(
-            f"{name} holds {stored.nbytes:,} bytes, expected {codes:,} for {list(shape)} values of "
-            "4 bits: download the file again"
+            f"{name} holds {held:,} bytes, expected {codes:,} for {list(shape)} values of 4 bits: "
+            "download the file again"
         )
-    return {name: tuple(stored.shape), state_name: checkpoint.shapes[state_name], **wanted}
+    return parts
 
 
 def load_four_bits(checkpoint: Checkpoint, name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -105,21 +105,21 @@ def load_four_bits(checkpoint: Checkpoint, name: str, shape: Shape, dtype: torch
     return out
 
 
-def find_eight_bits(checkpoint: Checkpoint, name: str, shape: Shape) -> dict[str, Shape] | None:
+def find_eight_bits(checkpoint: Checkpoint, name: str, shape: Shape) -> dict[str, Expected] | None:
     """As :func:`find_four_bits`, for int8."""
     stem = name.removesuffix(".weight")
-    scales = f"{stem}.SCB"
+    scales, layout = f"{stem}.SCB", f"{stem}.weight_format"
     if checkpoint.dtypes.get(name) != "I8" or scales not in checkpoint.shapes:
         return None
-    parts: dict[str, Shape] = {name: shape, scales: (shape[0],)}
-    layout = f"{stem}.weight_format"
+    parts = {name: Expected(shape, ("I8",)), scales: Expected((shape[0],), ("F32",))}
     if layout in checkpoint.shapes:
-        parts[layout] = ()
-        if checkpoint.shapes[layout] == () and int(checkpoint.tensor(layout)) != 0:
-            raise CheckpointError(
-                f"{layout} is {int(checkpoint.tensor(layout))}: only rows in their order (0) are "
-                "read; load the model with a newer bitsandbytes and save it again"
-            )
+        parts[layout] = Expected((), ("U8",))
+    checkpoint.check(parts)
+    if layout in parts and (order := int(checkpoint.tensor(layout))) != 0:
+        raise CheckpointError(
+            f"{layout} is {order}: only rows in their order (0) are read; load the model with a "
+            "newer bitsandbytes and save it again"
+        )
     return parts
 
 
@@ -135,27 +135,40 @@ def _state_name(checkpoint: Checkpoint, name: str) -> str | None:
 
 
 def _state(checkpoint: Checkpoint, state_name: str, shape: Shape) -> _State:
+    checkpoint.check({state_name: Expected(checkpoint.shapes[state_name], ("U8",))})
     try:
-        values = json.loads(bytes(checkpoint.tensor(state_name).tolist()))
-        nested = None
-        if values.get("nested_blocksize"):
-            nested = (int(values["nested_blocksize"]), float(values["nested_offset"]))
-        state = _State(int(values["blocksize"]), nested)
-        found = tuple(values["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        values = json.loads(checkpoint.tensor(state_name).numpy().tobytes())
+        found, blocksize = values["shape"], values["blocksize"]
+        nested = values.get("nested_blocksize")
+        offset = 0.0 if nested is None else float(values["nested_offset"])
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"{state_name} cannot be read ({type(error).__name__}: {error}): download it again"
         ) from None
-    if found != shape:
+    if found != list(shape):
         raise CheckpointError(
-            f"{state_name} says {list(found)}, config.json {list(shape)}: weights and "
+            f"{state_name} says {reprlib.repr(found)}, config.json {list(shape)}: weights and "
             "configuration do not belong together"
         )
-    if state.blocksize < 2 or state.blocksize % 2 or (nested is not None and nested[0] < 1):
+    _check_size(state_name, "blocksize", blocksize)
+    if nested is None:
+        return _State(blocksize, None)
+    _check_size(state_name, "nested_blocksize", nested)
+    if not math.isfinite(offset):
         raise CheckpointError(
-            f"{state_name} says blocks of {state.blocksize} values: download the file again"
+            f"{state_name}: `nested_offset` is {offset}, expected a finite number: download it "
+            "again"
         )
-    return state
+    return _State(blocksize, (nested, offset))
+
+
+def _check_size(state_name: str, key: str, size: Any) -> None:
+    """Even, as two codes share a byte; and of a size that can be allocated."""
+    if type(size) is not int or not 2 <= size <= _BLOCK_MOST or size % 2:
+        raise CheckpointError(
+            f"{state_name}: `{key}` is {reprlib.repr(size)}, expected an even number from 2 to "
+            f"{_BLOCK_MOST}: download it again"
+        )
 
 
 def _chunks(count: int, blocksize: int) -> Iterator[tuple[int, int]]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, Expected
 from ..errors import CheckpointError
 from .bnb import find_eight_bits, find_four_bits, load_eight_bits, load_four_bits
 from .plan import GROUPS, Quantization
@@ -40,6 +40,7 @@ from .weights import (
 )
 
 _LINEAR = re.compile(r"(_proj|\.qkv|\.proj|linear_fc\d)\.weight$")
+_SAMPLE = 64  # of a 4-bit weight, which are looked at to tell what it will be loaded as
 
 
 class QuantizationWarning(UserWarning):
@@ -53,17 +54,17 @@ class Stored:
     Attributes:
         kind: ``int8``, ``int4``, ``fp8``, ``fp8_blocks``, or ``bnb4`` and ``bnb8`` of bitsandbytes.
         shape: (N, K) of the weight.
-        parts: name → shape of each tensor that it is made of.
+        parts: the tensors that it is made of, by name.
+        form: the weight format that it is read as: ``float`` for 4 bits of bitsandbytes; of other
+            4 bits, ``int8`` for those that some of their channels show to have no two levels.
+        group: inputs that share a scale, of ``int4``.
     """
 
     kind: str
     shape: tuple[int, ...]
-    parts: Mapping[str, tuple[int, ...]]
-
-    @property
-    def form(self) -> str:
-        """The weight format that it is read as; ``float`` for 4 bits of bitsandbytes."""
-        return {"bnb4": "float", "bnb8": "int8"}.get(self.kind, self.kind)
+    parts: Mapping[str, Expected]
+    form: str
+    group: int = 64
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
@@ -76,43 +77,59 @@ def find_stored(
 ) -> dict[str, Stored]:
     """The quantised linears of a checkpoint, by the name of their ``.weight``.
 
+    Reads headers, descriptions and some channels of 4-bit weights.
+
     Raises:
-        CheckpointError: a quantised weight of a kind that this package does not read.
+        CheckpointError: a quantised weight is damaged, or of a kind that this package does not
+            read.
     """
     found: dict[str, Stored] = {}
     for name, shape in expected.items():
-        if not is_linear(name, shape):
-            continue
-        stem = name.removesuffix(".weight")
-        dtype = checkpoint.dtypes.get(name)
-        if f"{stem}.weight_packed" in checkpoint.shapes:
-            found[name] = _packed(checkpoint, stem, shape)
-        elif dtype == "F8_E4M3" and f"{stem}.weight_scale_inv" in checkpoint.shapes:
-            found[name] = _blocks(checkpoint, stem, shape)
-        elif dtype in ("I8", "F8_E4M3") and f"{stem}.weight_scale" in checkpoint.shapes:
-            kind = "int8" if dtype == "I8" else "fp8"
-            scale = checkpoint.shapes[f"{stem}.weight_scale"]
-            if scale not in ((shape[0], 1), (shape[0],)):
-                raise CheckpointError(
-                    f"{stem}.weight_scale is {list(scale)}: only one scale for each of the "
-                    f"{shape[0]} output channels is read"
-                )
-            found[name] = Stored(kind, shape, {name: shape, f"{stem}.weight_scale": scale})
-        elif four := find_four_bits(checkpoint, name, shape):
-            found[name] = Stored("bnb4", shape, four)
-        elif eight := find_eight_bits(checkpoint, name, shape):
-            found[name] = Stored("bnb8", shape, eight)
-        elif dtype in ("I8", "F8_E4M3"):
-            raise CheckpointError(
-                f"{name} is {dtype} without a weight_scale, weight_scale_inv or SCB beside it: the "
-                "file is incomplete, download it again"
-            )
-        if name in found and f"{stem}.weight_zero_point" in checkpoint.shapes:
-            raise CheckpointError(f"{stem} has zero points: only symmetric quantisation is read")
+        if is_linear(name, shape) and (stored := _find(checkpoint, name, shape)) is not None:
+            found[name] = stored
     return found
 
 
-def _blocks(checkpoint: Checkpoint, stem: str, shape: tuple[int, ...]) -> Stored:
+def _find(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Stored | None:
+    stem = name.removesuffix(".weight")
+    dtype = checkpoint.dtypes.get(name)
+    stored = None
+    if f"{stem}.weight_packed" in checkpoint.shapes:
+        stored = _packed(checkpoint, stem, shape)
+    elif dtype == "F8_E4M3" and f"{stem}.weight_scale_inv" in checkpoint.shapes:
+        stored = _by_block(checkpoint, stem, shape)
+    elif dtype in ("I8", "F8_E4M3") and f"{stem}.weight_scale" in checkpoint.shapes:
+        stored = _by_channel(checkpoint, stem, shape)
+    elif four := find_four_bits(checkpoint, name, shape):
+        stored = Stored("bnb4", shape, four, "float")
+    elif eight := find_eight_bits(checkpoint, name, shape):
+        stored = Stored("bnb8", shape, eight, "int8")
+    elif dtype in ("I8", "F8_E4M3"):
+        raise CheckpointError(
+            f"{name} is {dtype} without a weight_scale, weight_scale_inv or SCB beside it: the "
+            "file is incomplete, download it again"
+        )
+    if stored is not None and f"{stem}.weight_zero_point" in checkpoint.shapes:
+        raise CheckpointError(f"{stem} has zero points: only symmetric quantisation is read")
+    return stored
+
+
+def _by_channel(checkpoint: Checkpoint, stem: str, shape: tuple[int, ...]) -> Stored:
+    name, scale = f"{stem}.weight", f"{stem}.weight_scale"
+    found = checkpoint.shapes[scale]
+    if found not in ((shape[0], 1), (shape[0],)):
+        raise CheckpointError(
+            f"{scale} is {list(found)}: only one scale for each of the {shape[0]} output channels "
+            "is read"
+        )
+    dtype = checkpoint.dtypes[name]
+    parts = {name: Expected(shape, (dtype,)), scale: Expected(found)}
+    checkpoint.check(parts)
+    form = "int8" if dtype == "I8" else "fp8"
+    return Stored(form, shape, parts, form)
+
+
+def _by_block(checkpoint: Checkpoint, stem: str, shape: tuple[int, ...]) -> Stored:
     name, scale = f"{stem}.weight", f"{stem}.weight_scale_inv"
     blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
     if checkpoint.shapes[scale] != blocks:
@@ -120,22 +137,41 @@ def _blocks(checkpoint: Checkpoint, stem: str, shape: tuple[int, ...]) -> Stored
             f"{scale} is {list(checkpoint.shapes[scale])}: only one scale for each block of "
             f"{FP8_BLOCK} x {FP8_BLOCK} is read, which for {list(shape)} are {list(blocks)}"
         )
-    return Stored("fp8_blocks", shape, {name: shape, scale: blocks})
+    parts = {name: Expected(shape, ("F8_E4M3",)), scale: Expected(blocks)}
+    checkpoint.check(parts)
+    return Stored("fp8_blocks", shape, parts, "fp8_blocks")
 
 
 def _packed(checkpoint: Checkpoint, stem: str, shape: tuple[int, ...]) -> Stored:
     n, k = shape
-    names = [f"{stem}.weight_{part}" for part in ("packed", "scale", "shape")]
-    missing = [name for name in names if name not in checkpoint.shapes]
-    if missing:
-        raise CheckpointError(f"{missing[0]} is missing beside {names[0]}")
-    groups = checkpoint.shapes[names[1]][-1]
-    if checkpoint.shapes[names[0]] != (n, k // 8) or k % 8 or k % max(groups, 1):
+    packed, scale, described = (f"{stem}.weight_{part}" for part in ("packed", "scale", "shape"))
+    if checkpoint.shapes[packed] != (n, k // 8) or k % 8:
         raise CheckpointError(
-            f"{names[0]} is {list(checkpoint.shapes[names[0]])} with {groups} groups: only 4-bit "
-            f"weights are read, which for {[n, k]} are {[n, k // 8]}"
+            f"{packed} is {list(checkpoint.shapes[packed])}: only 4-bit weights are read, which "
+            f"for {[n, k]} are {[n, k // 8]}"
         )
-    return Stored("int4", shape, dict(zip(names, ((n, k // 8), (n, groups), (2,)), strict=True)))
+    scales = checkpoint.shapes.get(scale, (n, 1))
+    groups = scales[1] if len(scales) == 2 else 0
+    if groups == 0 or scales[0] != n or k % groups:
+        raise CheckpointError(
+            f"{scale} is {list(scales)}, expected {n} rows of a scale for each group of the {k} "
+            "inputs, all groups of one size: download it again"
+        )
+    parts = {
+        packed: Expected((n, k // 8), ("I32",)),
+        scale: Expected(scales),
+        described: Expected((2,), ("I64", "I32")),
+    }
+    checkpoint.check(parts)
+    if (said := checkpoint.tensor(described).tolist()) != [n, k]:
+        raise CheckpointError(
+            f"{described} is {said}, config.json says {[n, k]}: weights and configuration do not "
+            "belong together"
+        )
+    some = torch.linspace(0, n - 1, min(n, _SAMPLE)).long()
+    nibbles = checkpoint.tensor(packed)[some].view(torch.uint8)
+    form = "int8" if _tops(nibbles, checkpoint.tensor(scale)[some].float()) is None else "int4"
+    return Stored("int4", shape, parts, form, k // groups)
 
 
 def load_stored(
@@ -212,9 +248,7 @@ def from_group_scales(packed: Tensor, scales: Tensor) -> Int4Weight | Int8Weight
         scales: ``[N, G]`` float32.
     """
     group = 2 * packed.shape[1] // scales.shape[1]
-    tops = _multiplier_of_largest(scales)
-    has_least = ((packed & 15) == 0).any() or (packed < 16).any()  # −8
-    if group in GROUPS and bool(tops.all()) and not bool(has_least):
+    if (tops := _tops(packed, scales)) is not None:
         unit = scales.amax(dim=1) / tops
         multiplier = (scales / unit[:, None]).round().to(torch.uint8)
         return Int4Weight(packed, multiplier, unit, group)
@@ -225,6 +259,21 @@ def from_group_scales(packed: Tensor, scales: Tensor) -> Int4Weight | Int8Weight
         stacklevel=2,
     )
     return quantise_int8(unpack_nibbles(packed).float() * scales.repeat_interleave(group, dim=1))
+
+
+def _tops(packed: Tensor, scales: Tensor) -> Tensor | None:
+    """:func:`_multiplier_of_largest` of weights that have the two-level form; None of others.
+
+    Args:
+        packed, scales: of :func:`from_group_scales`, or some of their channels.
+    """
+    if 2 * packed.shape[1] // scales.shape[1] not in GROUPS:
+        return None
+    tops = _multiplier_of_largest(scales)
+    if not bool(tops.all()):
+        return None
+    has_least = ((packed & 15) == 0).any() or (packed < 16).any()  # −8
+    return None if bool(has_least) else tops
 
 
 def _multiplier_of_largest(scales: Tensor) -> Tensor:
