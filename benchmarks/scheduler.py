@@ -36,6 +36,7 @@ from qvlfast.runner import Runner, Sharing
 from qvlfast.runtime import Runtime
 from qvlfast.scheduler import Scheduler
 
+from .cpu import plan_of
 from .pairwise import Recipe
 from .records import RESULTS, append, commit, machine
 
@@ -327,7 +328,10 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     with ExitStack() as stack:
         loaded = stack.enter_context(
             Reranker.from_pretrained(
-                folder, device="cpu", dtype=options.dtype, quantization=options.quantization
+                folder,
+                device="cpu",
+                dtype=options.dtype,
+                quantization=plan_of(options.quantization or "none"),
             )
         )
         on, off = pair(loaded, ON, stack), pair(loaded, OFF, stack)
@@ -350,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", default="2b", help="random weights of this shape")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--quantization", choices=["int8", "int4"])
+    parser.add_argument("--quantization", choices=["int8", "int4", "int8+vision", "int4+vision"])
     parser.add_argument("--side", type=int, default=1024, help="of the query's picture, in pixels")
     parser.add_argument("--seconds", type=float, default=30, help="of rounds for a case")
     parser.add_argument("--peer", choices=["transformers"], help="its recipe for reranking too")
