@@ -123,6 +123,7 @@ class Prompter:
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self._template = Template(folder)
         self._vocabulary = Vocabulary(folder)
+        self._check_ids(config.text.vocab_size)
         self._merge = config.vision.spatial_merge_size
         token = self._vocabulary.token
         self._image_pad = token(config.image_token_id)
@@ -312,6 +313,19 @@ class Prompter:
                 f"{self._template.path}: the chat template writes {found} {kind} pads for "
                 f"{expected}: use the files of a Qwen3-VL-Embedding or Qwen3-VL-Reranker "
                 "checkpoint"
+            )
+
+    def _check_ids(self, vocab_size: int) -> None:
+        """Every id must have a row in the table of embeddings."""
+        vocabulary = self._vocabulary
+        plain = vocabulary._tokenizer.get_vocab(with_added_tokens=False)
+        ids = (*plain.values(), *vocabulary.control.values(), *vocabulary.prefix)
+        ids += vocabulary.suffix
+        bad = [i for i in (min(ids, default=0), max(ids, default=0)) if not 0 <= i < vocab_size]
+        if bad:
+            raise CheckpointError(
+                f"{vocabulary.path} has the token id {bad[0]}, and `vocab_size` in config.json is "
+                f"{vocab_size}: the two files are of different checkpoints, download both again"
             )
 
     def _check_template(self) -> None:
