@@ -215,8 +215,7 @@ class Prompter:
             raise InputError(
                 "too_long",
                 f"the prompt has {best.length} tokens without any of its text, more than "
-                f"max_length {max_length}: use fewer or smaller pictures and videos, or raise "
-                "max_length",
+                f"max_length {max_length}: use {_advice(draft)}, or raise max_length",
             )
         # `good` characters fit, `bad` do not. Widen from a guess, then halve.
         text = draft.caller_text()
@@ -343,6 +342,12 @@ class Prompter:
                 f"{self._template.path}: the chat template leaves texts out: use the files of a "
                 "Qwen3-VL-Embedding or Qwen3-VL-Reranker checkpoint"
             )
+
+
+def _advice(draft: _Draft) -> str:
+    """How to shorten a prompt that is too long without what may be cut of it."""
+    media = any(isinstance(part, Patches) for part in draft.parts)
+    return f"{'fewer or smaller pictures and videos, ' * media}a shorter instruction"
 
 
 def _instruction(item: Item, instruction: str | None) -> str:
