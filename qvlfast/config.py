@@ -6,13 +6,15 @@ in use: ``rope_parameters`` (transformers 5) and ``rope_scaling`` + ``rope_theta
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import reprlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import CheckpointError
 
@@ -21,10 +23,12 @@ MODEL_TYPES = ("qwen3_vl",)
 # Makers of quantised checkpoints that are read, as `quantization_config` names them.
 QUANT_METHODS = ("compressed-tensors", "bitsandbytes", "fp8")
 
-# Far above those of any model: what is made for each layer, or is as large as a size says, is not
-# made for a damaged one.
-_LAYERS_MOST = 1 << 10
-_SIZE_MOST = 1 << 24
+# Far above any model of this kind. What is above is damage, and would be allocated for.
+_MOST_LAYERS = 1024
+_LARGEST_SIZE = 1 << 24
+_LARGEST_FLOAT = sys.float_info.max
+
+_Three = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ class ModelConfig:
 class PixelConfig:
     """The per-channel normalisation of ``preprocessor_config.json``: (x / 255 − mean) / std."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: _Three
+    std: _Three
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -100,69 +104,93 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} does not exist: the checkpoint folder is incomplete, download it again"
         ) from None
-    except (ValueError, RecursionError) as error:  # of bytes, of JSON, of numbers; of its depth
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): download it again") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+        raise CheckpointError(
+            f"{path} holds a {type(value).__name__}, expected a JSON object: download it again"
+        )
     return value
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is one that a float can hold; NaN and infinity are none."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class _Reader:
-    """Typed look-ups in one JSON object, with errors that name the file and the key."""
+    """Typed look-ups in one JSON object, with errors that name the file, the key and the value."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values = values
         self.where = where
 
+    def fail(self, key: str, value: Any, expected: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self.where}: `{key}` is {reprlib.repr(value)}, expected {expected}: "
+            "download the file again"
+        )
+
     def child(self, key: str) -> _Reader:
         value = self.values.get(key)
         if not isinstance(value, dict):
-            raise CheckpointError(f"{self.where}: `{key}` is missing or not an object")
+            raise CheckpointError(
+                f"{self.where}: `{key}` is missing or not an object: download the file again"
+            )
         return _Reader(value, f"{self.where}: {key}")
 
     def integer(
-        self, key: str, default: int | None = None, *, least: int = 0, most: int = _SIZE_MOST
+        self, key: str, default: int | None = None, least: int = 1, most: int = _LARGEST_SIZE
     ) -> int:
         value = self.values.get(key, default)
-        if type(value) is not int or not least <= value <= most:
-            raise self._wrong(key, value, f"an integer from {least} to {most}")
-        return value
+        if not _is_integer(value) or not least <= value <= most:
+            self.fail(key, value, f"an integer from {least} to {most}")
+        return int(value)
 
-    def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        value = self.values.get(key, list(default))
-        if not isinstance(value, list) or not all(type(v) is int for v in value):
-            raise self._wrong(key, value, "a list of integers")
-        return tuple(value)
-
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(
+        self, key: str, default: float | None = None, least: float = 0.0, most: float = math.inf
+    ) -> float:
         value = self.values.get(key, default)
-        if not _is_number(value):
-            raise self._wrong(key, value, "a number")
+        if not self._fits(value, least, most):
+            self.fail(key, value, self._bounds("a finite number", least, most))
         return float(value)
 
-    def triple(self, key: str, default: float) -> tuple[float, float, float]:
-        value = self.values.get(key, [default] * 3)
-        if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):
-            raise self._wrong(key, value, "three numbers")
-        return (float(value[0]), float(value[1]), float(value[2]))
+    def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """A list of integers, none of them negative."""
+        value = self.values.get(key, list(default))
+        if not isinstance(value, list) or not all(_is_integer(v) and v >= 0 for v in value):
+            self.fail(key, value, "a list of integers >= 0")
+        return tuple(value)
 
-    def _wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.where}: `{key}` is {reprlib.repr(value)}, expected {expected}"
-        )
+    def three(self, key: str, default: float, least: float, most: float) -> _Three:
+        """One number for each colour."""
+        value = self.values.get(key, [default] * 3)
+        if not isinstance(value, list) or len(value) != 3:
+            self.fail(key, value, "three numbers")
+        if not all(self._fits(v, least, most) for v in value):
+            self.fail(key, value, self._bounds("three finite numbers", least, most))
+        red, green, blue = (float(v) for v in value)
+        return red, green, blue
 
     def expect(self, key: str, *allowed: Any) -> None:
         """The code supports these values only; an absent key means the first."""
         value = self.values.get(key, allowed[0])
         if value not in allowed:
             raise CheckpointError(
-                f"{self.where}: `{key}` is {value!r}, this package runs {allowed[0]!r} only"
+                f"{self.where}: `{key}` is {reprlib.repr(value)}, this package runs "
+                f"{allowed[0]!r} only"
             )
+
+    @staticmethod
+    def _fits(value: Any, least: float, most: float) -> bool:
+        # Integers may be too large for a float; NaN is in no range.
+        number = isinstance(value, float) or _is_integer(value)
+        return number and least <= value <= min(most, _LARGEST_FLOAT)
+
+    @staticmethod
+    def _bounds(what: str, least: float, most: float) -> str:
+        return f"{what} >= {least:g}" if most == math.inf else f"{what} from {least:g} to {most:g}"
 
 
 def _text_config(reader: _Reader) -> TextConfig:
@@ -180,28 +208,30 @@ def _text_config(reader: _Reader) -> TextConfig:
         raise CheckpointError(f"{reader.where}: neither `rope_parameters` nor `rope_scaling`")
     rope.expect("rope_type", "default", "mrope")
     theta_owner = rope if "rope_theta" in rope.values else reader
+    rope.expect("mrope_interleaved", True)
     section = rope.integers("mrope_section", (24, 20, 20))
     heads = reader.integer("num_attention_heads")
     hidden = reader.integer("hidden_size")
-    head_dim = reader.integer("head_dim", hidden // max(heads, 1))
+    head_dim = reader.integer("head_dim", hidden // heads)
     if len(section) != 3 or 2 * sum(section) != head_dim:
-        raise CheckpointError(
-            f"{rope.where}: `mrope_section` is {reprlib.repr(section)}, expected three numbers "
-            f"that add up to head_dim / 2 = {head_dim // 2}"
+        rope.fail(
+            "mrope_section",
+            list(section),
+            f"three numbers that add up to head_dim / 2 = {head_dim // 2}",
         )
     config = TextConfig(
         hidden_size=hidden,
-        num_layers=reader.integer("num_hidden_layers", most=_LAYERS_MOST),
+        num_layers=reader.integer("num_hidden_layers", most=_MOST_LAYERS),
         intermediate_size=reader.integer("intermediate_size"),
         num_heads=heads,
         num_kv_heads=reader.integer("num_key_value_heads"),
         head_dim=head_dim,
         vocab_size=reader.integer("vocab_size"),
-        norm_eps=reader.number("rms_norm_eps", 1e-6),
-        rope_theta=theta_owner.number("rope_theta"),
+        norm_eps=reader.number("rms_norm_eps", 1e-6, most=1),
+        rope_theta=theta_owner.number("rope_theta", least=1),
         mrope_section=(section[0], section[1], section[2]),
     )
-    if config.num_kv_heads == 0 or config.num_heads % config.num_kv_heads:
+    if config.num_heads % config.num_kv_heads:
         raise CheckpointError(
             f"{reader.where}: {config.num_heads} query heads are not a multiple of "
             f"{config.num_kv_heads} key heads"
@@ -214,36 +244,40 @@ def _vision_config(reader: _Reader) -> VisionConfig:
     reader.expect("in_channels", 3)
     theta = 1e4
     if isinstance(reader.values.get("rope_parameters"), dict):
-        theta = reader.child("rope_parameters").number("rope_theta", theta)
+        theta = reader.child("rope_parameters").number("rope_theta", theta, least=1)
     config = VisionConfig(
         hidden_size=reader.integer("hidden_size"),
-        depth=reader.integer("depth", most=_LAYERS_MOST),
+        depth=reader.integer("depth", most=_MOST_LAYERS),
         intermediate_size=reader.integer("intermediate_size"),
         num_heads=reader.integer("num_heads"),
         in_channels=reader.integer("in_channels", 3),
         patch_size=reader.integer("patch_size"),
         temporal_patch_size=reader.integer("temporal_patch_size"),
-        spatial_merge_size=reader.integer("spatial_merge_size", least=1),
+        spatial_merge_size=reader.integer("spatial_merge_size"),
         out_hidden_size=reader.integer("out_hidden_size"),
         num_positions=reader.integer("num_position_embeddings"),
         deepstack_layers=reader.integers("deepstack_visual_indexes", ()),
         rope_theta=theta,
         norm_eps=1e-6,
     )
-    if config.num_heads == 0 or config.hidden_size % (4 * config.num_heads):
+    if config.hidden_size % (4 * config.num_heads):
         raise CheckpointError(
             f"{reader.where}: hidden_size {config.hidden_size} over {config.num_heads} heads gives "
             "no head dim that is a multiple of 4, which the two-dimensional rope needs"
         )
-    if round(config.num_positions**0.5) ** 2 != config.num_positions:
+    if math.isqrt(config.num_positions) ** 2 != config.num_positions:
         raise CheckpointError(
             f"{reader.where}: num_position_embeddings {config.num_positions} is not a square"
         )
-    bad = [i for i in config.deepstack_layers if not 0 <= i < config.depth]
+    levels = config.deepstack_layers
+    bad = [i for i in levels if i >= config.depth]
     if bad:
         raise CheckpointError(
-            f"{reader.where}: deepstack_visual_indexes {bad} are not among {config.depth} blocks"
+            f"{reader.where}: deepstack_visual_indexes {reprlib.repr(bad)} are not among "
+            f"{config.depth} blocks"
         )
+    if any(a >= b for a, b in itertools.pairwise(levels)):
+        reader.fail("deepstack_visual_indexes", list(levels), "ascending indices, each once")
     return config
 
 
@@ -290,6 +324,22 @@ def load_config(folder: Path) -> ModelConfig:
             f"{path}: {len(vision.deepstack_layers)} deepstack levels for {text.num_layers} layers"
         )
     tied = values.get("tie_word_embeddings", text_reader.values.get("tie_word_embeddings", False))
+    if not isinstance(tied, bool | None):
+        reader.fail("tie_word_embeddings", tied, "true or false")
+    tokens = {
+        key: reader.integer(key, least=0, most=text.vocab_size - 1)
+        for key in (
+            "image_token_id",
+            "video_token_id",
+            "vision_start_token_id",
+            "vision_end_token_id",
+        )
+    }
+    if len(set(tokens.values())) < len(tokens):
+        raise CheckpointError(
+            f"{path}: {', '.join(f'{key} is {number}' for key, number in tokens.items())}: "
+            "expected four different ids, download the file again"
+        )
     names = ("dtype", "torch_dtype")
     dtypes = [
         v[k] for v in (values, text_reader.values) for k in names if isinstance(v.get(k), str)
@@ -297,10 +347,7 @@ def load_config(folder: Path) -> ModelConfig:
     return ModelConfig(
         text=text,
         vision=vision,
-        image_token_id=reader.integer("image_token_id"),
-        video_token_id=reader.integer("video_token_id"),
-        vision_start_token_id=reader.integer("vision_start_token_id"),
-        vision_end_token_id=reader.integer("vision_end_token_id"),
+        **tokens,
         tie_word_embeddings=bool(tied),
         dtype=dtypes[0] if dtypes else "float32",
     )
@@ -310,15 +357,17 @@ def load_pixel_config(folder: Path) -> PixelConfig:
     """Read mean and std from ``preprocessor_config.json``; absent means 0.5 and 0.5.
 
     Raises:
-        CheckpointError: the file is damaged or asks for another scaling than 1/255.
+        CheckpointError: the file is damaged, asks for another scaling than 1/255, or for a mean
+            outside 0 to 1 or a std outside 0.001 to 1000.
     """
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return PixelConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    reader = _Reader(_read_json(path), str(path))
-    if abs((factor := reader.number("rescale_factor", 1 / 255)) - 1 / 255) > 1e-9:
-        raise CheckpointError(f"{path}: rescale_factor {factor} is not 1/255")
-    config = PixelConfig(mean=reader.triple("image_mean", 0.5), std=reader.triple("image_std", 0.5))
-    if min(config.std) <= 0:
-        raise CheckpointError(f"{path}: image_std {config.std} must be positive")
-    return config
+    values = _read_json(path)
+    reader = _Reader(values, str(path))
+    if abs(reader.number("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+        reader.fail("rescale_factor", values["rescale_factor"], "1/255")
+    return PixelConfig(
+        mean=reader.three("image_mean", 0.5, least=0, most=1),
+        std=reader.three("image_std", 0.5, least=1e-3, most=1e3),
+    )

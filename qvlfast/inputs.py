@@ -52,7 +52,8 @@ def parse_item(value: object) -> Item:
     """Turn what a caller passed as one input into an :class:`Item`.
 
     Args:
-        value: a string, a ``PIL.Image``, or a mapping with any of ``text``, ``image``, ``video``
+        value: a string, a ``PIL.Image``, a numpy picture (uint8 ``[height, width, 3]``), or a
+            mapping with any of ``text``, ``image``, ``video``
             (each one value or a list), ``instruction``, ``fps`` and ``max_frames``.
 
     Raises:
@@ -66,8 +67,8 @@ def parse_item(value: object) -> Item:
     if not isinstance(value, Mapping):
         raise InputError(
             "invalid_type",
-            f"the input is {_kind(value)}, expected a string, a PIL image or a dict with any of "
-            f"{', '.join(KEYS)}",
+            f"the input is {_kind(value)}, expected a string, a PIL image, a numpy picture or a "
+            f"dict with any of {', '.join(KEYS)}",
         )
     unknown = [key for key in value if key not in KEYS]
     if unknown:

@@ -7,12 +7,14 @@ import binascii
 import contextlib
 import io
 import os
+import re
 import stat
+import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import BinaryIO
+from typing import BinaryIO, cast
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -23,12 +25,24 @@ from .errors import InputError
 from .fetch import fetch, without_secrets
 from .inputs import ImageSource, shorten
 
+# Pillow opens 16-bit grey of these as mode I, scaled so that 65535 is white.
+_DEEP_FORMATS = frozenset({"PNG", "PPM"})
+
 # Reading these runs another program (Ghostscript).
 _REFUSED_FORMATS = frozenset({"EPS"})
+
+# Rows of 16-bit grey that are scaled at once: what that needs beside the picture stays small.
+_STRIP = 256
 
 # Two threads that load one lazily opened picture share its file position. Locks are taken by
 # address: pictures cannot be hashed and take no weak reference as a key.
 _load_locks = tuple(threading.Lock() for _ in range(64))
+
+
+# A name, IPv4 or bracketed IPv6 address, and perhaps a port.
+_DOMAIN = re.compile(
+    r"(\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.I | re.A
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,15 @@ class MediaPolicy:
     max_image_pixels: int = 178_956_970
     max_decoded_frames: int = 250_000
     timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for entry in self.allow_media_domains:
+            if not isinstance(entry, str) or not _DOMAIN.fullmatch(entry):
+                raise ValueError(
+                    f"allow_media_domains has {shorten(repr(entry))}: use a host such as "
+                    "'example.org', '.example.org' for its subdomains too, or 'example.org:8080'; "
+                    "no scheme, path or wildcard, and international names as xn--…"
+                )
 
 
 def describe(source: object) -> str:
@@ -117,7 +140,8 @@ def load_image(source: ImageSource, policy: MediaPolicy) -> PIL.Image.Image:
         pictures give their first frame. A caller's own RGB picture is returned itself.
 
     Raises:
-        InputError: as :func:`open_media`; ``unreadable`` where it cannot be decoded.
+        InputError: as :func:`open_media`; ``unreadable`` where it cannot be decoded, or has values
+            of no known scale: floats, and integers beyond 0 to 255 that are not 16-bit grey.
     """
     if isinstance(source, PIL.Image.Image):
         with _load_locks[id(source) // 16 % len(_load_locks)]:
@@ -141,47 +165,77 @@ def check_pixels(width: int, height: int, policy: MediaPolicy, source: object) -
 
 
 def _opened(file: BinaryIO, source: object) -> PIL.Image.Image:
+    # `PIL.Image.open` warns about pictures of half the size that is accepted here, and warnings
+    # cannot be silenced for one thread. The loop is otherwise Pillow's.
     PIL.Image.init()
-    formats = [name for name in PIL.Image.ID if name not in _REFUSED_FORMATS]
     try:
-        return PIL.Image.open(file, formats=formats)
+        prefix = file.read(16)
+        for name in PIL.Image.ID:
+            factory, accept = PIL.Image.OPEN[name]
+            accepted = not accept or accept(prefix)
+            if name in _REFUSED_FORMATS or not accepted or isinstance(accepted, str):
+                continue
+            file.seek(0)
+            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+                return factory(file, "")
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise _bomb(source, error) from None
-    except PIL.UnidentifiedImageError:
-        raise InputError(
-            "unreadable", f"{describe(source)} is not a picture of a known format"
-        ) from None
     except Exception as error:  # a broken header can raise anything in one of 40 decoders
         raise _undecodable(source, error) from error
+    raise InputError("unreadable", f"{describe(source)} is not a picture of a known format")
 
 
 def _decode(image: PIL.Image.Image, policy: MediaPolicy, source: object) -> PIL.Image.Image:
     check_pixels(image.width, image.height, policy, source)
     try:
         image.load()
-        return _to_rgb(image)
+        return _to_rgb(image, source)
+    except InputError:
+        raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise _bomb(source, error) from None
     except Exception as error:  # damaged data can raise anything in one of 40 decoders
         raise _undecodable(source, error) from error
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def _to_rgb(image: PIL.Image.Image, source: object) -> PIL.Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "RGBA":
         white = PIL.Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
         return white
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # convert("RGB") would clip 16-bit grey to white.
-        deep = np.asarray(image).astype(np.uint32)
-        grey = (deep * 255 + 32767) // 65535
-        return PIL.Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise _scaleless(source, "float values")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_FORMATS):
+        return _from_deep(image)
+    if image.mode == "I":
+        low, high = cast(tuple[int, int], image.getextrema())
+        if low < 0 or high > 255:
+            raise _scaleless(source, f"integer values from {low} to {high}")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         # The same colours; the direct way warns about the alpha that it drops.
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
+
+
+def _from_deep(image: PIL.Image.Image) -> PIL.Image.Image:
+    """16-bit grey as RGB; convert("RGB") would clip it to white."""
+    scaled = PIL.Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):
+        box = (0, top, image.width, min(top + _STRIP, image.height))
+        deep = np.asarray(image.crop(box)).astype(np.uint32)
+        grey = ((deep * 255 + 32767) // 65535).astype(np.uint8)
+        scaled.paste(PIL.Image.fromarray(grey).convert("RGB"), box)
+    return scaled
+
+
+def _scaleless(source: object, what: str) -> InputError:
+    return InputError(
+        "unreadable",
+        f"{describe(source)} has {what}, and what is white is not known: scale them to 0 to 255 "
+        "and convert the picture to mode L or RGB",
+    )
 
 
 def _bomb(source: object, error: Exception | Warning) -> InputError:

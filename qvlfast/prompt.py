@@ -123,6 +123,7 @@ class Prompter:
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         self._template = Template(folder)
         self._vocabulary = Vocabulary(folder)
+        self._check_ids(config.text.vocab_size)
         self._merge = config.vision.spatial_merge_size
         token = self._vocabulary.token
         self._image_pad = token(config.image_token_id)
@@ -214,8 +215,7 @@ class Prompter:
             raise InputError(
                 "too_long",
                 f"the prompt has {best.length} tokens without any of its text, more than "
-                f"max_length {max_length}: use fewer or smaller pictures and videos, or raise "
-                "max_length",
+                f"max_length {max_length}: use {_advice(draft)}, or raise max_length",
             )
         # `good` characters fit, `bad` do not. Widen from a guess, then halve.
         text = draft.caller_text()
@@ -314,6 +314,19 @@ class Prompter:
                 "checkpoint"
             )
 
+    def _check_ids(self, vocab_size: int) -> None:
+        """Every id must have a row in the table of embeddings."""
+        vocabulary = self._vocabulary
+        plain = vocabulary._tokenizer.get_vocab(with_added_tokens=False)
+        ids = (*plain.values(), *vocabulary.control.values(), *vocabulary.prefix)
+        ids += vocabulary.suffix
+        bad = [i for i in (min(ids, default=0), max(ids, default=0)) if not 0 <= i < vocab_size]
+        if bad:
+            raise CheckpointError(
+                f"{vocabulary.path} has the token id {bad[0]}, and `vocab_size` in config.json is "
+                f"{vocab_size}: the two files are of different checkpoints, download both again"
+            )
+
     def _check_template(self) -> None:
         """Write one prompt with everything in it, to fail at load and not at the first call."""
         nothing = np.empty((0, 0), np.uint8)
@@ -329,6 +342,12 @@ class Prompter:
                 f"{self._template.path}: the chat template leaves texts out: use the files of a "
                 "Qwen3-VL-Embedding or Qwen3-VL-Reranker checkpoint"
             )
+
+
+def _advice(draft: _Draft) -> str:
+    """How to shorten a prompt that is too long without what may be cut of it."""
+    media = any(isinstance(part, Patches) for part in draft.parts)
+    return f"{'fewer or smaller pictures and videos, ' * media}a shorter instruction"
 
 
 def _instruction(item: Item, instruction: str | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 VectorType = Literal["float32", "int8", "uint8", "binary", "ubinary"]
@@ -29,6 +30,19 @@ def cut(
     return scaled
 
 
+def check_dimensions(dimensions: int, output: VectorType) -> None:
+    """Refuse bits that do not fill their bytes: all who compare them would count the rest too.
+
+    Raises:
+        ValueError: ``output`` is ``binary`` or ``ubinary``, and ``dimensions`` no multiple of 8.
+    """
+    if output in ("binary", "ubinary") and dimensions % 8:
+        raise ValueError(
+            f"{dimensions} dimensions do not fill whole bytes: with output={output!r} use a "
+            "multiple of 8"
+        )
+
+
 def convert(vectors: NDArray[np.float32], output: VectorType) -> tuple[NDArray[Any], Any]:
     """Store vectors in another type.
 
@@ -37,12 +51,16 @@ def convert(vectors: NDArray[np.float32], output: VectorType) -> tuple[NDArray[A
     the highest bit; ``binary``: the same minus 128, as int8. A row with NaN becomes zeros.
 
     Args:
-        vectors: ``[N, D]``.
+        vectors: ``[N, D]``; for bits, D is a multiple of 8.
 
     Returns:
-        The vectors, ``[N, D]`` or for bits ``[N, ceil(D / 8)]``, and for ``int8`` and ``uint8``
+        The vectors, ``[N, D]`` or for bits ``[N, D / 8]``, and for ``int8`` and ``uint8``
         the scales ``[N]`` float32 (value ≈ int8 · scale), else None.
+
+    Raises:
+        ValueError: see :func:`check_dimensions`.
     """
+    check_dimensions(vectors.shape[1], output)
     if output == "float32":
         return vectors, None
     failed = np.asarray(np.isnan(vectors).any(axis=1))
@@ -70,29 +88,70 @@ def similarity(a: Any, b: Any, output: VectorType = "float32") -> NDArray[np.flo
     The cosine; for bits, 1 − 2 · (share of differing bits), which is the cosine of their signs.
 
     Args:
-        a: ``[N, D]`` or ``[D]``; numpy, torch or nested lists.
+        a: ``[N, D]`` or ``[D]``; numpy, torch (any device), nested lists, or an ``Encoded``.
         b: ``[M, D]`` or ``[D]``.
+        output: what both were encoded to. ``float32`` stands for every float type.
 
     Returns:
         ``[N, M]`` float32.
+
+    Raises:
+        ValueError: an unknown ``output``, values that are not of that type, or rows that differ in
+            length or are empty.
     """
-    left, right = np.atleast_2d(np.asarray(a)), np.atleast_2d(np.asarray(b))
+    if output not in VECTOR_TYPES:
+        raise ValueError(f"output is {output!r}: use one of {', '.join(VECTOR_TYPES)}")
+    left, right = _rows(a, "a", output), _rows(b, "b", output)
     if left.shape[1] != right.shape[1]:
         raise ValueError(
             f"cannot compare vectors of {left.shape[1]} and {right.shape[1]} values: "
             "encode both with the same `dimensions` and `output`"
         )
-    if output in ("binary", "ubinary"):
-        offset = 128 if output == "binary" else 0
-        left, right = (
-            _signs((x.astype(np.int16) + offset).astype(np.uint8)) for x in (left, right)
-        )
-    elif output == "uint8":
-        left, right = (x.astype(np.float32) - 128 for x in (left, right))
-    left, right = (cut(x.astype(np.float32), None, normalize=True) for x in (left, right))
+    left, right = (cut(_plain(x, output), None, normalize=True) for x in (left, right))
     product: NDArray[np.float32] = left @ right.T
     return product
 
 
-def _signs(packed: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.unpackbits(packed, axis=1).astype(np.float32) * 2 - 1
+def _rows(value: Any, name: str, output: VectorType) -> NDArray[Any]:
+    """Vectors as ``[N, D]``, refused unless their type is ``output``."""
+    value = getattr(value, "vectors", value)  # of an `Encoded`
+    if isinstance(value, list | tuple):
+        value = [_array(row) for row in value]
+    rows = np.atleast_2d(_array(value))
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{name} has the shape {list(np.shape(rows))}, expected [N, D] or [D]")
+    if output == "float32":
+        if not np.issubdtype(rows.dtype, np.floating):
+            raise ValueError(
+                f"{name} holds {rows.dtype}, expected floats: pass output=… as the vectors were "
+                f"encoded, one of {', '.join(VECTOR_TYPES[1:])}, or convert them to float32"
+            )
+        return rows
+    expected = np.iinfo(np.uint8 if output in ("uint8", "ubinary") else np.int8)
+    # Lists, of JSON for one, become the widest integers.
+    listed = rows.dtype == np.int64 and rows.size > 0
+    if rows.dtype != expected.dtype and not (
+        listed and expected.min <= rows.min() and rows.max() <= expected.max
+    ):
+        raise ValueError(
+            f"{name} holds {rows.dtype}, and vectors of output={output!r} are {expected.dtype}: "
+            "pass output=… as the vectors were encoded"
+        )
+    return rows.astype(expected.dtype)
+
+
+def _array(value: Any) -> Any:
+    """A tensor as an array, whatever its type and device; others as they are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() else value).numpy()
+
+
+def _plain(rows: NDArray[Any], output: VectorType) -> NDArray[np.float32]:
+    """The values that stored rows stand for, up to a factor for each row."""
+    if output in ("binary", "ubinary"):
+        packed = rows.view(np.uint8) ^ np.uint8(0x80 if output == "binary" else 0)
+        return np.unpackbits(packed, axis=1).astype(np.float32) * 2 - 1
+    shift = 128 if output == "uint8" else 0
+    return rows.astype(np.float32) - np.float32(shift)

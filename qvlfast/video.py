@@ -69,21 +69,38 @@ def item_patches(
 
     Args:
         token_budget: the most tokens of the prompt; video files are made smaller for it, see
-            :func:`video_patches`.
+            :func:`video_patches`. Nothing is read past it.
 
     Raises:
-        InputError: see :func:`video_patches` and ``load_image``.
+        InputError: see :func:`video_patches` and ``load_image``; ``too_long`` where the pictures
+            and videos pass the budget, whatever the text.
     """
-    images = [image_patches(load_image(s, policy), vision, limits) for s in item.images]
+    images: list[Patches] = []
+    for source in item.images:
+        images.append(image_patches(load_image(source, policy), vision, limits))
+        _check_budget(images, len(item.images), "pictures", token_budget)
     left = token_budget
     videos: list[Patches] = []
-    for source in item.videos:
+    for video in item.videos:
         if token_budget is not None:
             left = token_budget - sum(m.num_tokens + 2 for m in (*images, *videos))
-        videos.append(
-            video_patches(source, vision, limits, policy, item.fps, item.max_frames, left)
-        )
+        videos.append(video_patches(video, vision, limits, policy, item.fps, item.max_frames, left))
+        count = len(item.images) + len(item.videos)
+        _check_budget([*images, *videos], count, "pictures and videos", token_budget)
     return [*videos, *images]
+
+
+def _check_budget(media: Sequence[Patches], count: int, kind: str, budget: int | None) -> None:
+    """Stop at the first of ``count`` media that cannot be in a prompt any more."""
+    tokens = sum(m.num_tokens for m in media)
+    if budget is not None and tokens > budget:
+        first = f"the first {len(media)} of " if len(media) < count else ""
+        raise InputError(
+            "too_long",
+            f"{first}{count} {kind} take{'s' * (count == 1)} {tokens} tokens, more than the "
+            f"{budget} that are left of the length limit: use fewer or smaller ones, or raise the "
+            "limit",
+        )
 
 
 def video_patches(

@@ -103,7 +103,7 @@ def test_other_path_types() -> None:
 @pytest.mark.parametrize(
     ("value", "code", "message"),
     [
-        (None, "invalid_type", "the input is a NoneType, expected a string, a PIL image or a dict"),
+        (None, "invalid_type", "the input is a NoneType, expected a string, a PIL image, a numpy"),
         (5, "invalid_type", "the input is an int"),
         (b"x", "invalid_type", "the input is a bytes"),
         (["a"], "invalid_type", "the input is a list"),

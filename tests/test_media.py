@@ -78,7 +78,7 @@ def test_formats(format: str) -> None:
     assert same(decoded, PIL.Image.open(io.BytesIO(encoded(noise(), format))).convert("RGB"))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "I"])
 def test_other_modes_are_converted_as_pillow_does(mode: str) -> None:
     picture = noise("L").convert(mode) if mode in {"LA", "PA"} else noise().convert(mode)
     assert same(load_image(picture, POLICY), picture.convert("RGB"))
@@ -102,11 +102,72 @@ def test_palette_with_transparency_keeps_its_colours_without_a_warning() -> None
         assert same(decoded, PIL.Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
 def test_deep_grey_is_scaled(format: str) -> None:
     levels = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
     decoded = load_image(encoded(PIL.Image.fromarray(levels), format), POLICY)
     assert np.asarray(decoded)[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
+
+
+def test_deep_grey_of_many_rows_and_both_byte_orders() -> None:
+    levels = np.random.default_rng(0).integers(0, 1 << 16, (700, 3), dtype=np.uint16)
+    expected = np.round(levels / 65535 * 255)
+    for mode, order in (("I;16", "<u2"), ("I;16B", ">u2")):
+        picture = PIL.Image.frombytes(mode, (3, 700), levels.astype(order).tobytes())
+        decoded = np.asarray(load_image(picture, POLICY))
+        assert (decoded == expected[:, :, None]).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (np.linspace(0, 1, 12, dtype=np.float32), "float values"),
+        (np.linspace(0, 255, 12, dtype=np.float32), "float values"),
+        (np.linspace(0, 65535, 12).astype(np.int32), "integer values from 0 to 65535"),
+        (np.arange(-1, 11, dtype=np.int32), "integer values from -1 to 10"),
+    ],
+)
+def test_values_of_no_known_scale_are_refused(values: np.ndarray, what: str) -> None:
+    picture = PIL.Image.fromarray(values.reshape(3, 4))
+    for source in (picture, encoded(picture, "TIFF")):
+        error = refused(source)
+        assert error.code == "unreadable" and what in str(error)
+
+
+def test_large_pictures_are_read_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 40 * 30 - 1)
+    for format in ("PNG", "JPEG", "GIF", "WEBP", "BMP"):
+        data = encoded(noise(), format)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load_image(data, POLICY).size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    "domain", ["example.org", ".example.org", "Example.org:8080", "127.0.0.1", "[::1]:80", "a_b"]
+)
+def test_domains(domain: str) -> None:
+    assert MediaPolicy(allow_media_domains=(domain,)).allow_media_domains == (domain,)
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [
+        "https://x.org/",
+        "x.org/",
+        "*.x.org",
+        "",
+        " x.org",
+        "x.org:",
+        "u@x.org",
+        "bücher.de",
+        5,
+        "::1",
+    ],
+)
+def test_domains_that_would_never_match(domain: Any) -> None:
+    with pytest.raises(ValueError, match=r"allow_media_domains has .*use a host such as"):
+        MediaPolicy(allow_media_domains=("a.org", domain))
 
 
 def test_first_frame_of_an_animation() -> None:

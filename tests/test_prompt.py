@@ -330,6 +330,9 @@ def test_too_long(checkpoint: Checkpoint) -> None:
             checkpoint.embed(value, media, max_length=bare - 1)
         assert caught.value.code == "too_long"
     assert checkpoint.embed({"text": text, **MEDIA}, media, max_length=bare).truncated_tokens > 0
+    with pytest.raises(InputError, match="use a shorter instruction, or raise") as caught:
+        checkpoint.embed(text, instruction=text, max_length=50)
+    assert "picture" not in str(caught.value)
 
 
 def test_long_texts_are_cut_quickly(checkpoint: Checkpoint) -> None:

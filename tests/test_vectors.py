@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from qvlfast.runtime import Encoded
 from qvlfast.vectors import convert, cut, similarity
 
 vectors = arrays(
     np.float32,
     st.tuples(st.integers(1, 5), st.integers(1, 40)),
+    elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
+)
+
+bit_vectors = arrays(
+    np.float32,
+    st.tuples(st.integers(1, 5), st.integers(1, 5).map(lambda n: 8 * n)),
     elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
 )
 
@@ -45,7 +53,7 @@ def test_int8_rounds_half_to_even() -> None:
     assert stored.tolist() == [[127, 0, 2, 2, 0]]
 
 
-@given(vectors)
+@given(bit_vectors)
 def test_bits(x) -> None:
     packed, scales = convert(x, "ubinary")
     assert packed.dtype == np.uint8 and scales is None
@@ -57,7 +65,7 @@ def test_bits(x) -> None:
 
 @pytest.mark.parametrize("output", ["int8", "uint8", "binary", "ubinary"])
 def test_failed_rows_are_zero_in_integer_types(output) -> None:
-    x = np.array([[1, -2, 3, 4], [np.nan] * 4], dtype=np.float32)
+    x = np.array([[1, -2, 3, 4] * 2, [np.nan] * 8], dtype=np.float32)
     stored, _ = convert(x, output)
     assert stored[1].tolist() == [0] * stored.shape[1]
     assert stored[0].any()
@@ -81,3 +89,56 @@ def test_similarity_of_every_type(output) -> None:
 def test_similarity_names_both_lengths() -> None:
     with pytest.raises(ValueError, match=r"8 and 4 values.*same `dimensions`"):
         similarity(np.zeros((1, 8)), np.zeros((2, 4)))
+
+
+@pytest.mark.parametrize("output", ["binary", "ubinary"])
+@pytest.mark.parametrize("dimensions", [4, 12, 33, 100])
+def test_bits_fill_their_bytes(output, dimensions) -> None:
+    with pytest.raises(ValueError, match=rf"{dimensions} dimensions.*multiple of 8"):
+        convert(np.ones((2, dimensions), dtype=np.float32), output)
+
+
+@pytest.mark.parametrize("output", ["int8", "uint8", "binary", "ubinary"])
+def test_integers_are_not_taken_for_floats(output) -> None:
+    stored = convert(np.random.default_rng(0).standard_normal((3, 64), np.float32), output)[0]
+    for value in (stored, torch.from_numpy(stored), stored.tolist()):
+        with pytest.raises(ValueError, match=r"expected floats: pass output="):
+            similarity(value, value)
+
+
+@pytest.mark.parametrize("output", ["int8", "uint8", "binary", "ubinary"])
+def test_other_types_are_not_taken_for_integers(output) -> None:
+    floats = np.ones((2, 16), dtype=np.float32)
+    other = np.int8 if output in ("uint8", "ubinary") else np.uint8
+    wrong = (floats, floats.astype(other), floats.astype(bool), [[300] * 16], [[-129] * 16])
+    for value in wrong:
+        with pytest.raises(ValueError, match=r"pass output="):
+            similarity(value, value, output)
+
+
+def test_similarity_of_unknown_output_and_of_nothing() -> None:
+    unit = np.eye(2, dtype=np.float32)
+    with pytest.raises(ValueError, match="output is 'foo': use one of float32"):
+        similarity(unit, unit, "foo")  # type: ignore[arg-type]
+    for nothing in ([], [[]], np.zeros((2, 0))):
+        with pytest.raises(ValueError, match=r"a has the shape .*expected \[N, D\]"):
+            similarity(nothing, nothing)
+    with pytest.raises(ValueError, match=r"b has the shape \[1, 2, 2\]"):
+        similarity(unit, unit[None])
+    assert similarity(np.zeros((0, 2)), unit).shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_similarity_takes_tensors(dtype) -> None:
+    x = torch.tensor([[3.0, 4.0], [-4.0, 3.0]], dtype=dtype, requires_grad=True)
+    for value in (x, list(x), Encoded(vectors=x, usage=[None, None]), x.tolist()):
+        np.testing.assert_allclose(similarity(value, x), np.eye(2), atol=1e-6)
+    np.testing.assert_allclose(similarity(x[0], x), [[1, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("output", ["int8", "uint8", "binary", "ubinary"])
+def test_similarity_of_lists(output) -> None:
+    stored = convert(np.random.default_rng(0).standard_normal((3, 64), np.float32), output)[0]
+    expected = similarity(stored, stored, output)
+    for value in (stored.tolist(), list(stored), torch.from_numpy(stored)):
+        np.testing.assert_array_equal(similarity(value, stored, output), expected)

@@ -379,6 +379,20 @@ def test_item_patches() -> None:
     assert item_patches(parse_item("text"), VISION, LIMITS, POLICY, 10) == []
 
 
+def test_reading_stops_where_the_budget_ends(tmp_path: Path) -> None:
+    # Sixteen tokens each; the fourth would pass, and the fifth is never opened.
+    pictures = [*frames(4, (128, 128)), tmp_path / "absent.png"]
+    with pytest.raises(
+        InputError, match=r"first 4 of 5 pictures take 64 tokens, .* 63 that"
+    ) as caught:
+        item_patches(parse_item({"image": pictures}), VISION, LIMITS, POLICY, 63)
+    assert caught.value.code == "too_long"
+    assert len(item_patches(parse_item({"image": pictures[:4]}), VISION, LIMITS, POLICY, 64)) == 4
+    videos = parse_item({"video": [list(frames(2)), list(frames(2)), tmp_path / "absent.mp4"]})
+    with pytest.raises(InputError, match=r"first 2 of 3 pictures and videos take 280 tokens"):
+        item_patches(videos, VISION, LIMITS, POLICY, 279)
+
+
 def test_the_budget_is_shared_by_the_media_of_an_item() -> None:
     data = movie(16, size=(640, 480), format="mp4", codec="mpeg4", pixel_format="yuv420p")
     item = parse_item({"video": data, "image": frames(1, (640, 480))[0]})
