@@ -81,6 +81,8 @@ ERRORS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "0-byte file": (empty_file, "unreadable"),
     "no bytes": (lambda t: {"image": b""}, "unreadable"),
     "text named .png": (text_file, "unreadable"),
+    "floats": (lambda t: Image.new("F", (64, 64), 0.5), "unreadable"),
+    "32-bit integers": (lambda t: Image.new("I", (64, 64), 70_000), "unreadable"),
     "decompression bomb": (bomb, "too_large"),
     "missing file": (lambda t: {"image": t / "nowhere.png"}, "not_found"),
     "missing video": (lambda t: {"video": t / "nowhere.mp4"}, "not_found"),
@@ -222,7 +224,7 @@ def test_an_endless_video_is_an_error(embedder: Embedder, tmp_path: Path, monkey
 
 
 def test_the_callers_picture_is_not_touched(embedder: Embedder) -> None:
-    for mode in ("RGB", "RGBA", "P", "I"):
+    for mode in ("RGB", "RGBA", "P", "L"):
         image = picture(40, 40, mode)
         before = image.tobytes(), image.size, image.mode
         embedder.encode(image)
