@@ -33,7 +33,7 @@ from .runtime import (
     check_runtime,
     warn_if_truncated,
 )
-from .vectors import VECTOR_TYPES, VectorType, convert, cut, similarity
+from .vectors import VECTOR_TYPES, VectorType, check_dimensions, convert, cut, similarity
 
 
 class Embedder:
@@ -369,15 +369,14 @@ class Embedder:
         check_choice("output", form.output, VECTOR_TYPES)
         check_choice("convert_to", form.convert_to, ("numpy", "torch"))
         check_choice("on_error", form.on_error, ("raise", "return"))
-        if form.dimensions is None:
-            return
-        if isinstance(form.dimensions, bool) or not isinstance(form.dimensions, int | np.integer):
-            raise TypeError(f"dimensions is {form.dimensions!r}: use a whole number, or None")
-        if not 1 <= form.dimensions <= self.dimensions:
+        size = self.dimensions if form.dimensions is None else form.dimensions
+        if isinstance(size, bool) or not isinstance(size, int | np.integer):
+            raise TypeError(f"dimensions is {size!r}: use a whole number, or None")
+        if not 1 <= size <= self.dimensions:
             raise ValueError(
-                f"dimensions is {form.dimensions}: this model's vectors have "
-                f"{self.dimensions} values"
+                f"dimensions is {size}: this model's vectors have {self.dimensions} values"
             )
+        check_dimensions(int(size), form.output)
 
     def _finish(self, gathered: _Gathered, form: _Form, single: bool) -> Any:
         """What :meth:`encode` returns or raises."""

@@ -317,10 +317,8 @@ class Prompter:
     def _check_ids(self, vocab_size: int) -> None:
         """Every id must have a row in the table of embeddings."""
         vocabulary = self._vocabulary
-        plain = vocabulary._tokenizer.get_vocab(with_added_tokens=False)
-        ids = (*plain.values(), *vocabulary.control.values(), *vocabulary.prefix)
-        ids += vocabulary.suffix
-        bad = [i for i in (min(ids, default=0), max(ids, default=0)) if not 0 <= i < vocab_size]
+        ids = vocabulary.all_ids()
+        bad = [i for i in (min(ids), max(ids)) if not 0 <= i < vocab_size] if ids else []
         if bad:
             raise CheckpointError(
                 f"{vocabulary.path} has the token id {bad[0]}, and `vocab_size` in config.json is "

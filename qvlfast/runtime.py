@@ -266,10 +266,11 @@ class Runtime:
 
         Args:
             rest: makes the prompt without this input's media and text; a long video is fitted
-                into what that leaves of ``max_length``.
+                into what that leaves of ``max_length``. Reading stops where even all of that is
+                not enough.
         """
         options = self.options
-        budget = options.max_length - len(rest().ids) if item.videos else None
+        budget = options.max_length - (len(rest().ids) if item.videos else 0)
         return item_patches(item, self.config.vision, options.limits, options.policy, budget)
 
     def run(

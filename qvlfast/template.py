@@ -100,6 +100,11 @@ class Vocabulary:
         self.suffix: tuple[int, ...] = tuple(whole[at + len(plain) :])
         self._cached = functools.lru_cache(_CACHE_ENTRIES)(self._encode)
 
+    def all_ids(self) -> set[int]:
+        """All that a prompt may have in it."""
+        plain = self._tokenizer.get_vocab(with_added_tokens=False)
+        return {*plain.values(), *self.control.values(), *self.prefix, *self.suffix}
+
     def token_id(self, token: str) -> int:
         """Id of one entry of the vocabulary, control token or not.
 

@@ -292,8 +292,22 @@ def test_info_plans_for_a_gpu_that_is_not_here(
     # Orin has one memory for the process and for CUDA, and no FP8.
     assert orin["plans"]["int8"]["fixed"] > card["plans"]["fp8"]["fixed"]
     assert "fp8" in card["plans"]["fp8"]["parts"][3]["formats"]
-    none = plan("--device", "sm_87", "--memory", "2G", "--quantization", "fp8")
-    assert set(none["plans"]["fp8"]["parts"][3]["formats"]) == {"float"}
+    assert (
+        main(
+            [
+                "info",
+                str(odd_checkpoint),
+                "--backend",
+                "triton",
+                "--device",
+                "sm_87",
+                "--quantization",
+                "fp8",
+            ]
+        )
+        == 2
+    )
+    assert "sm_87 has no FP8, which begins with sm_89: use int8" in capsys.readouterr().err
     assert 0 < orin["largest_tokens"] < 1 << 18
     # Weights of 4 bits take the same with rows of either kind; int8 ones need a widened copy.
     fours = plan("--device", "sm_87", "--memory", "2G", "--quantization", "int4")

@@ -157,16 +157,18 @@ def fingerprint(folder: Path) -> str:
 
 
 def _layout(options: argparse.Namespace, config: ModelConfig) -> Layout:
+    from ..vectors import check_dimensions
     from .writers import Layout
 
     full = config.text.hidden_size
     floats = options.dimensions or full
     if floats > full:
         raise ValueError(f"--dimensions {floats}: this model's vectors have {full} values")
+    check_dimensions(floats, options.output)
     bits = options.output in ("binary", "ubinary")
     dtypes = {"float32": "<f4", "int8": "|i1", "binary": "|i1"}
     return Layout(
-        width=-(-floats // 8) if bits else floats,
+        width=floats // 8 if bits else floats,
         dtype=dtypes.get(options.output, "|u1"),
         scaled=options.output in ("int8", "uint8"),
         floats=floats,

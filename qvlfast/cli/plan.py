@@ -196,6 +196,10 @@ class Planner:
             device = torch.device(self.device.kind)
             ops = choose_ops(wish.backend, device, dtype, plan)
             name, keeps = ops.name, keeps & set(ops.keeps)
+        elif plan is not None and plan.format == "fp8" and not self.device.fp8:
+            raise BackendError(
+                f"{self.device.name} has no FP8, which begins with sm_{_FP8_FROM}: use int8"
+            )
         if name == "native" or not self.device.fp8:
             keeps -= {"fp8", "fp8_blocks"}
         return Setup.loaded(dtype, name, keeps, self.stored, plan)
