@@ -9,7 +9,6 @@ import io
 import os
 import re
 import stat
-import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -165,24 +164,18 @@ def check_pixels(width: int, height: int, policy: MediaPolicy, source: object) -
 
 
 def _opened(file: BinaryIO, source: object) -> PIL.Image.Image:
-    # `PIL.Image.open` warns about pictures of half the size that is accepted here, and warnings
-    # cannot be silenced for one thread. The loop is otherwise Pillow's.
     PIL.Image.init()
+    formats = [name for name in PIL.Image.ID if name not in _REFUSED_FORMATS]
     try:
-        prefix = file.read(16)
-        for name in PIL.Image.ID:
-            factory, accept = PIL.Image.OPEN[name]
-            accepted = not accept or accept(prefix)
-            if name in _REFUSED_FORMATS or not accepted or isinstance(accepted, str):
-                continue
-            file.seek(0)
-            with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
-                return factory(file, "")
+        return PIL.Image.open(file, formats=formats)
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise _bomb(source, error) from None
+    except PIL.UnidentifiedImageError:
+        raise InputError(
+            "unreadable", f"{describe(source)} is not a picture of a known format"
+        ) from None
     except Exception as error:  # a broken header can raise anything in one of 40 decoders
         raise _undecodable(source, error) from error
-    raise InputError("unreadable", f"{describe(source)} is not a picture of a known format")
 
 
 def _decode(image: PIL.Image.Image, policy: MediaPolicy, source: object) -> PIL.Image.Image:
