@@ -63,10 +63,23 @@ def _is_one(value: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, np.ndarray | Image.Image):
+    if isinstance(value, np.ndarray):
         return value.copy()
+    if isinstance(value, Image.Image):
+        return _copied_picture(value)
     if isinstance(value, Mapping):
         return {key: _copied(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_copied(part) for part in value]
     return value
+
+
+def _copied_picture(picture: Image.Image) -> Image.Image:
+    """With its format, which says what its values mean. One that cannot be read stays what it is:
+    to say so is for whoever reads it next."""
+    try:
+        copied = picture.copy()
+    except Exception:  # damaged data can raise anything
+        return picture
+    copied.format = picture.format
+    return copied
