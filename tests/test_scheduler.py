@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qvlfast.cost import Budget, Cost, Media, Rates
 from qvlfast.errors import QueueFull
+from qvlfast.fair import FairQueue, Ledger
 from qvlfast.lane import Lane, Planned, Ticket
 from qvlfast.scheduler import LEVELS, Scheduler
 
@@ -22,6 +23,14 @@ RATES = (
     Rates(pair=0.004, patch=0.1, patch_pair=0.0005, unit=4.0),
 )
 BUDGETS = (Budget(tokens=50, patches=60, work=120), Budget(tokens=40, patches=80, work=90))
+
+
+@dataclass
+class Named:
+    """Something that waits."""
+
+    name: str
+    gone: bool = False
 
 
 @dataclass
@@ -327,6 +336,19 @@ def test_clients_take_turns_whichever_models_they_use() -> None:
         given[batch.jobs[0]] += batch.operations
     dearest = Cost(30).work(RATES[1]) * RATES[1].unit
     assert max(given) - min(given) <= 2 * dearest
+
+
+def test_turns_that_were_had_elsewhere_count() -> None:
+    """Of two queues with one ledger, also where a client had entered both before."""
+    ledger = Ledger()
+    one, other = FairQueue[Named](ledger), FairQueue[Named](ledger)
+    one.push("a", Named("first"))
+    for name in ("a", "b"):
+        other.push(name, Named(name))
+    assert one.turn() < other.turn()  # type: ignore[operator]
+    one.take(10.0)
+    assert [other.peek().name, other.take(1.0).name, other.take(1.0).name] == ["b", "b", "a"]  # type: ignore[union-attr]
+    assert other.peek() is None and other.turn() is None
 
 
 def test_a_batch_is_of_the_model_whose_client_is_in_turn() -> None:
