@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 _ONE = (str, bytes, Mapping, Image.Image)
+_DEEPEST = 4  # a pair's document, `video`, a list of videos, the frames of one
 
 
 def listed(inputs: Any) -> tuple[bool, list[Any]]:
@@ -62,15 +63,18 @@ def _is_one(value: Any) -> bool:
     return isinstance(value, _ONE)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, depth: int = 0) -> Any:
+    """What is nested deeper than an input may be is refused later, and not copied."""
+    if depth > _DEEPEST:
+        return value
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, Image.Image):
         return _copied_picture(value)
     if isinstance(value, Mapping):
-        return {key: _copied(part) for key, part in value.items()}
+        return {key: _copied(part, depth + 1) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_copied(part) for part in value]
+        return [_copied(part, depth + 1) for part in value]
     return value
 
 

@@ -89,7 +89,7 @@ def test_opened_pictures_are_what_they_are_in_a_list(embedder: Embedder) -> None
         file = io.BytesIO()
         Image.fromarray(levels if format != "JPEG" else levels.astype(np.uint8)).save(file, format)
         files.append(file)
-    damaged = io.BytesIO(files[0].getvalue()[:-400])
+    damaged = io.BytesIO(files[3].getvalue()[:-200])
     found = list(
         embedder.encode_iter((Image.open(f) for f in (*files, damaged)), on_error="return")
     )
@@ -97,6 +97,27 @@ def test_opened_pictures_are_what_they_are_in_a_list(embedder: Embedder) -> None
         found[:4], embedder.encode([{"image": f.getvalue()} for f in files])
     )
     assert isinstance(found[4], InputError) and found[4].code == "unreadable"
+
+
+def test_a_deep_value_from_a_generator_is_an_items_error(embedder: Embedder) -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    found = list(embedder.encode_iter(iter([{"image": deep}, "good"]), on_error="return"))
+    assert isinstance(found[0], InputError) and found[1].shape == (embedder.dimensions,)
+
+
+def test_frames_of_videos_are_copied(embedder: Embedder) -> None:
+    frames = [shade.copy() for shade in shades()[:4]]
+
+    def videos() -> Iterator[Any]:
+        yield {"video": [frames[:2], frames[2:]]}
+        for frame in frames:
+            frame[:] = 255
+        yield "text"
+
+    expected = embedder.encode({"video": [shades()[:2], shades()[2:4]]})
+    np.testing.assert_array_equal(next(embedder.encode_iter(videos())), expected)
 
 
 def test_one_where_many_are_due(embedder: Embedder, reranker: Reranker) -> None:
