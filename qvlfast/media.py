@@ -30,6 +30,9 @@ _DEEP_FORMATS = frozenset({"PNG", "PPM"})
 # Reading these runs another program (Ghostscript).
 _REFUSED_FORMATS = frozenset({"EPS"})
 
+# How far a resize goes beyond 0 to 255, at most; Pillow clips that.
+_LEAST, _MOST = -256, 511
+
 # Rows of 16-bit grey that are scaled at once: what that needs beside the picture stays small.
 _STRIP = 256
 
@@ -139,8 +142,9 @@ def load_image(source: ImageSource, policy: MediaPolicy) -> PIL.Image.Image:
         pictures give their first frame. A caller's own RGB picture is returned itself.
 
     Raises:
-        InputError: as :func:`open_media`; ``unreadable`` where it cannot be decoded, or has values
-            of no known scale: floats, and integers beyond 0 to 255 that are not 16-bit grey.
+        InputError: as :func:`open_media`; ``unreadable`` where it cannot be decoded, or its
+            values have no known scale: floats up to 1, and what is far beyond 0 to 255 but for
+            16-bit grey.
     """
     if isinstance(source, PIL.Image.Image):
         with _load_locks[id(source) // 16 % len(_load_locks)]:
@@ -198,14 +202,10 @@ def _to_rgb(image: PIL.Image.Image, source: object) -> PIL.Image.Image:
         white = PIL.Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
         return white
-    if image.mode == "F":
-        raise _scaleless(source, "float values")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_FORMATS):
         return _from_deep(image)
-    if image.mode == "I":
-        low, high = cast(tuple[int, int], image.getextrema())
-        if low < 0 or high > 255:
-            raise _scaleless(source, f"integer values from {low} to {high}")
+    if image.mode in ("F", "I"):
+        _check_scale(image, source)
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         # The same colours; the direct way warns about the alpha that it drops.
         return image.convert("RGBA").convert("RGB")
@@ -223,12 +223,16 @@ def _from_deep(image: PIL.Image.Image) -> PIL.Image.Image:
     return scaled
 
 
-def _scaleless(source: object, what: str) -> InputError:
-    return InputError(
-        "unreadable",
-        f"{describe(source)} has {what}, and what is white is not known: scale them to 0 to 255 "
-        "and convert the picture to mode L or RGB",
-    )
+def _check_scale(image: PIL.Image.Image, source: object) -> None:
+    """0 is black and 255 white, as Pillow has it; what looks like another scale is refused."""
+    low, high = cast(tuple[float, float], image.getextrema())
+    fractions = image.mode == "F" and 0 < high <= 1
+    if fractions or not (low >= _LEAST and high <= _MOST):
+        raise InputError(
+            "unreadable",
+            f"{describe(source)} has values from {low:g} to {high:g}, and what is white is not "
+            "known: scale them to 0 to 255",
+        )
 
 
 def _bomb(source: object, error: Exception | Warning) -> InputError:

@@ -224,7 +224,7 @@ def test_an_endless_video_is_an_error(embedder: Embedder, tmp_path: Path, monkey
 
 
 def test_the_callers_picture_is_not_touched(embedder: Embedder) -> None:
-    for mode in ("RGB", "RGBA", "P", "L"):
+    for mode in ("RGB", "RGBA", "P", "I"):
         image = picture(40, 40, mode)
         before = image.tobytes(), image.size, image.mode
         embedder.encode(image)

@@ -78,7 +78,9 @@ def test_formats(format: str) -> None:
     assert same(decoded, PIL.Image.open(io.BytesIO(encoded(noise(), format))).convert("RGB"))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "I"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB", "F", "I"]
+)
 def test_other_modes_are_converted_as_pillow_does(mode: str) -> None:
     picture = noise("L").convert(mode) if mode in {"LA", "PA"} else noise().convert(mode)
     assert same(load_image(picture, POLICY), picture.convert("RGB"))
@@ -121,10 +123,12 @@ def test_deep_grey_of_many_rows_and_both_byte_orders() -> None:
 @pytest.mark.parametrize(
     ("values", "what"),
     [
-        (np.linspace(0, 1, 12, dtype=np.float32), "float values"),
-        (np.linspace(0, 255, 12, dtype=np.float32), "float values"),
-        (np.linspace(0, 65535, 12).astype(np.int32), "integer values from 0 to 65535"),
-        (np.arange(-1, 11, dtype=np.int32), "integer values from -1 to 10"),
+        (np.linspace(0, 1, 12, dtype=np.float32), "values from 0 to 1,"),
+        (np.linspace(-1, 1, 12, dtype=np.float32), "values from -1 to 1,"),
+        (np.linspace(0, 1000, 12, dtype=np.float32), "values from 0 to 1000,"),
+        (np.full(12, np.nan, dtype=np.float32), "values from"),
+        (np.linspace(0, 65535, 12).astype(np.int32), "values from 0 to 65535,"),
+        (np.linspace(-1000, 11, 12).astype(np.int32), "values from -1000 to 11,"),
     ],
 )
 def test_values_of_no_known_scale_are_refused(values: np.ndarray, what: str) -> None:

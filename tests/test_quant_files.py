@@ -155,6 +155,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors | {name: tensors[name][:1000].clone()}, path)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["vocab_size"] = 1000
+    for i, name in enumerate(("image", "video", "vision_start", "vision_end")):
+        config[f"{name}_token_id"] = i
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
