@@ -32,7 +32,7 @@ from benchmarks.checkpoints import write_checkpoint
 from qvlfast import _C, Embedder, Quantization
 from qvlfast.prompt import Prompt
 
-from .records import RESULTS, SETTLE, append, commit, machine
+from .records import RESULTS, SETTLE, append, here
 
 
 @dataclass(frozen=True)
@@ -232,11 +232,7 @@ def run(
                 speedup=round(statistics.median(ratios), 3),
                 distance=float(f"{np.linalg.norm(vectors[form] - theirs, axis=1).max():.2e}"),
                 rounds=rounds,
-                threads=torch.get_num_threads(),
-                isa=_C.isa(),
-                machine=machine(),
-                torch=torch.__version__,
-                commit=commit(),
+                **here(),
             )
             rows.append(row)
             print(

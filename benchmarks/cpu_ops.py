@@ -30,7 +30,7 @@ from qvlfast.backends.native import NativeOps
 from qvlfast.ops import Forest, Linear, Ops, QuantisedRows, Rows
 
 from .limits import measure
-from .records import RESULTS, SETTLE, append, commit, machine
+from .records import RESULTS, SETTLE, append, here
 
 # (N, K) of the linears, by model and name.
 SHAPES = {
@@ -150,11 +150,7 @@ class Bench:
             ratio=round(timed.ratio, 2),
             error=float(f"{error:.2e}"),
             rounds=self.rounds,
-            isa=_C.isa(),
-            threads=_C.num_threads(),
-            machine=machine(),
-            torch=torch.__version__,
-            commit=commit(),
+            **here(),
         )
         print(
             f"{op:14} {case:22} M={count:<5} {form:5} {made.ours_us:>10} µs {made.rate:>8} {unit} "

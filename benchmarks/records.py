@@ -10,6 +10,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qvlfast import _C
+
 RESULTS = Path(__file__).parent / "results"
 # Seconds before one engine is timed after another: threads that OpenMP keeps spinning after its
 # last work would take a core from it.
@@ -28,6 +32,17 @@ def machine() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def here() -> dict[str, Any]:
+    """The columns of a figure of the CPU that say where it was measured."""
+    return {
+        "threads": _C.num_threads(),
+        "isa": _C.isa(),
+        "machine": machine(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
 
 
 def append(rows: Sequence[Any], path: Path) -> None:

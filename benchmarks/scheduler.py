@@ -38,7 +38,7 @@ from qvlfast.scheduler import Scheduler
 
 from .cpu import plan_of
 from .pairwise import Recipe
-from .records import RESULTS, append, commit, machine
+from .records import RESULTS, append, here
 
 ON, OFF = Sharing(True, 512 << 20, 256 << 20), Sharing(False, 0, 0)
 PICTURED = "rerank, picture query, 20 x 100"
@@ -299,11 +299,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
             off=float(f"{off:.4g}"),
             shape=options.shape if options.model is None else options.model.name,
             weights=options.quantization or options.dtype,
-            threads=_C.num_threads(),
-            isa=_C.isa(),
-            machine=machine(),
-            torch=torch.__version__,
-            commit=commit(),
+            **here(),
             **values,
         )
         append([row], options.out)

@@ -26,7 +26,7 @@ import torch
 from benchmarks.checkpoints import write_checkpoint
 from qvlfast import _C, Embedder
 
-from .records import RESULTS, SETTLE, append, commit, machine
+from .records import RESULTS, SETTLE, append, here
 from .scheduler import picture, words
 
 KINDS = ("text", "vision")
@@ -134,11 +134,7 @@ def rows(found: dict[tuple[str, str], list[float]], options: argparse.Namespace)
                 rounds=options.rounds,
                 shape=options.shape if options.model is None else options.model.name,
                 weights=options.quantization or options.dtype,
-                threads=_C.num_threads(),
-                isa=_C.isa(),
-                machine=machine(),
-                torch=torch.__version__,
-                commit=commit(),
+                **here(),
             )
         )
     return made
@@ -164,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = rows(measure(folder, options), options)
     append(found, options.out)
     for row in found:
-        print(f"{row.stage}: {row.in_turn} s, half beside {row.side_by_side} s: {row.ratio}")
+        seconds = f"{row.in_turn} s, beside the other {row.side_by_side} s: " * (row.stage in KINDS)
+        print(f"{row.stage}: {seconds}{row.ratio} ×")
 
 
 if __name__ == "__main__":

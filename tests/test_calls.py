@@ -131,7 +131,6 @@ def test_calls_wait_while_the_queue_is_full(embedder: Embedder) -> None:
     assert np.array_equal(vectors[5], embedder.encode(items[5]))
 
 
-@pytest.mark.skipif(not hasattr(signal, "raise_signal"), reason="no signals")
 def test_ctrl_c_leaves_a_usable_object(embedder: Embedder) -> None:
     expected = embedder.encode("one")
     before = embedder.metrics()

@@ -275,7 +275,6 @@ def test_wrong_threads_of_the_environment(threads: str) -> None:
     assert f"must be a whole number in 1..1024, got '{threads}'" in done.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
 def test_threads_follow_the_affinity_mask() -> None:
     code = """
 import os
