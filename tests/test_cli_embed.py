@@ -375,7 +375,7 @@ def test_two_processes_do_not_share_an_output(
         while not (tmp_path / "out.npy.work" / "journal.jsonl").exists():
             assert first.poll() is None
             time.sleep(0.01)
-        time.sleep(0.1)
+        first.send_signal(signal.SIGSTOP)  # so that it cannot end before the second begins
         _, error = qvlfast(*arguments, code=2)
         assert "another process" in error
     finally:
