@@ -235,6 +235,20 @@ class Checkpoint:
         value: torch.Tensor = self._files[self._owner[name]].get_tensor(name)
         return value
 
+    def scales(self, name: str) -> torch.Tensor:
+        """A tensor that many others are multiplied with, in float32.
+
+        Raises:
+            CheckpointError: one of its values is NaN or infinite; no request would have an answer.
+        """
+        values = self.tensor(name).float()
+        if wrong := values.numel() - int(values.isfinite().sum()):
+            raise CheckpointError(
+                f"{name}: {wrong} of {values.numel()} values are NaN or infinite: the file is "
+                "damaged, download it or quantise it again"
+            )
+        return values
+
 
 def _one_of(dtypes: tuple[str, ...]) -> str:
     return dtypes[0] if len(dtypes) == 1 else f"one of {', '.join(dtypes)}"

@@ -132,6 +132,31 @@ def test_parts_that_are_something_else_are_named(
         find(tmp_path, tensors)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (packed, "weight_scale"),
+        (eight, "weight_scale"),
+        (blocks, "weight_scale_inv"),
+        (of_bnb_eight, "SCB"),
+        (four, "weight.quant_map"),
+        (four, "weight.absmax"),
+        (nested, "weight.nested_quant_map"),
+        (nested, "weight.nested_absmax"),
+    ],
+)
+def test_a_scale_that_is_no_number_is_named(
+    make: Callable[[], dict[str, Tensor]], part: str, value: float, tmp_path: Path
+) -> None:
+    tensors = make()
+    tensors[f"{STEM}.{part}"].view(-1)[-1] = value
+    count = tensors[f"{STEM}.{part}"].numel()
+    checkpoint, stored = find(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=f"{STEM}.{part}: 1 of {count} values are NaN"):
+        load_stored(checkpoint, NAME, stored, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("described", "message"),
     [

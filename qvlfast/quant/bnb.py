@@ -85,13 +85,15 @@ def load_four_bits(checkpoint: Checkpoint, name: str, shape: Shape, dtype: torch
     state_name = _state_name(checkpoint, name)
     assert state_name is not None
     state = _state(checkpoint, state_name, shape)
-    scale = checkpoint.tensor(f"{name}.absmax")
-    if state.nested is not None:
+    if state.nested is None:
+        scale = checkpoint.scales(f"{name}.absmax")
+    else:
         size, offset = state.nested
-        values = checkpoint.tensor(f"{name}.nested_quant_map").float()[scale.int()]
-        outer = checkpoint.tensor(f"{name}.nested_absmax").float()
+        codes = checkpoint.tensor(f"{name}.absmax").int()
+        values = checkpoint.scales(f"{name}.nested_quant_map")[codes]
+        outer = checkpoint.scales(f"{name}.nested_absmax")
         scale = values * outer.repeat_interleave(size)[: len(values)] + offset
-    table = checkpoint.tensor(f"{name}.quant_map").float()
+    table = checkpoint.scales(f"{name}.quant_map")
     # Both values of every byte: [256, 2].
     pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)
     packed = checkpoint.tensor(name).contiguous().view(torch.uint8).flatten()
@@ -100,7 +102,7 @@ def load_four_bits(checkpoint: Checkpoint, name: str, shape: Shape, dtype: torch
     for start, stop in _chunks(flat.numel(), state.blocksize):
         values = pairs[packed[start // 2 : -(-stop // 2)].int()].flatten()[: stop - start]
         blocks = slice(start // state.blocksize, -(-stop // state.blocksize))
-        scales = scale[blocks].float().repeat_interleave(state.blocksize)[: stop - start]
+        scales = scale[blocks].repeat_interleave(state.blocksize)[: stop - start]
         flat[start:stop] = values * scales
     return out
 
@@ -125,7 +127,7 @@ def find_eight_bits(checkpoint: Checkpoint, name: str, shape: Shape) -> dict[str
 
 def load_eight_bits(checkpoint: Checkpoint, name: str) -> Int8Weight:
     """The same weight; its product here has one scale a token and no columns of outliers."""
-    scales = checkpoint.tensor(f"{name.removesuffix('.weight')}.SCB").float()
+    scales = checkpoint.scales(f"{name.removesuffix('.weight')}.SCB")
     return Int8Weight(checkpoint.tensor(name), scales / INT8_MOST)
 
 

@@ -181,6 +181,9 @@ def load_stored(
 
     Args:
         dtype: of weights whose format is ``float``.
+
+    Raises:
+        CheckpointError: a scale is no number, or infinite.
     """
     stem = name.removesuffix(".weight")
     if stored.kind == "bnb4":
@@ -188,9 +191,9 @@ def load_stored(
     if stored.kind == "bnb8":
         return load_eight_bits(checkpoint, name)
     if stored.kind == "fp8_blocks":
-        scale = checkpoint.tensor(f"{stem}.weight_scale_inv").float()
+        scale = checkpoint.scales(f"{stem}.weight_scale_inv")
         return Fp8BlockWeight(checkpoint.tensor(name), scale)
-    scale = checkpoint.tensor(f"{stem}.weight_scale").float()
+    scale = checkpoint.scales(f"{stem}.weight_scale")
     if stored.kind == "int8":
         return Int8Weight(checkpoint.tensor(name), scale.flatten())
     if stored.kind == "fp8":
