@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +145,10 @@ def test_a_damaged_journal(tmp_path: Path, journal: bytes) -> None:
 
 
 def test_one_json_document_is_not_lines(
-    small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     documents = {
         "array.json": '[\n {"text": "a"},\n {"text": "b"}\n]\n',
@@ -157,8 +163,41 @@ def test_one_json_document_is_not_lines(
         out = tmp_path / "out.npy"
         assert "jq -c" in refused(capsys, "embed", small_checkpoint, tmp_path / name, "-o", out)
     assert everything(tmp_path) == before
+    for text in documents.values():
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        error = refused(capsys, "embed", small_checkpoint, "-", "-o", tmp_path / "out.npy")
+        assert "standard input " in error and "jq -c" in error and "--format text" in error
     (tmp_path / "first.jsonl").write_text('["a bad item"]\n"a good one"\n')
     assert open_source(str(tmp_path / "first.jsonl")).total == 2
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "kind", "found"),
+    [
+        ("auto", b"\xef\xbb\xbf\n \n{}\n\nx", "jsonl", [b"{}", b"x"]),
+        ("auto", b'\xef\xbb\xbf"a"\r\n"b"', "jsonl", [b'"a"', b'"b"']),
+        ("auto", b"\n[1\n\n", "text", [b"", b"[1", b""]),
+        ("auto", b"", "text", []),
+        ("text", b"[\n{", "text", [b"[", b"{"]),
+        ("jsonl", b"[1]\nx", "jsonl", [b"[1]", b"x"]),
+    ],
+)
+def test_pipes_are_read_once(
+    form: str, text: bytes, kind: str, found: list[bytes], tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe.jsonl.gz"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(text,))
+    writer.start()
+    source = open_source(str(pipe), form)
+    writer.join()
+    lines = list(source)
+    assert source.total is None and [line.raw for line in lines] == found
+    assert [line.index for line in lines] == list(range(len(found)))
+    assert {line.kind for line in lines} <= {kind} and {line.base for line in lines} <= {tmp_path}
+    file = tmp_path / "file"
+    file.write_bytes(text)
+    assert list(open_source(str(file), form)) == lines
 
 
 @pytest.mark.parametrize("name", ["image", "video", "id", "text", "fps", "unknown"])

@@ -166,8 +166,9 @@ class Planner:
         Only with a known memory.
         """
         assert self.device.memory is not None
-        room = self.device.memory - self.plan(wish).weights - self.device.fixed
         setup = self.setup(wish)
+        weights = sum(part.loaded for part in self._parts(setup))
+        room = self.device.memory - weights - self.device.fixed
         merged = self.config.vision.spatial_merge_size**2
 
         def peak(count: int) -> int:

@@ -6,6 +6,7 @@ quickly over what is already done.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ VIDEOS = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
 )
 
+_BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}
 _DEEPEST = 2  # a list of videos, each a list of frames
 _SCHEMES = ("http://", "https://", "file://", "data:")
 _BOM = b"\xef\xbb\xbf"
@@ -121,6 +123,8 @@ class Source:
 def open_source(name: str, form: str = "auto") -> Source:
     """Open a file, a folder, or ``-`` for standard input.
 
+    Waits for the first line of what is no regular file.
+
     Args:
         form: one of :data:`FORMATS`. With ``auto`` a file named ``.jsonl``, ``.ndjson`` or
             ``.json`` is JSONL, one named ``.txt`` is text; other files and standard input are
@@ -135,24 +139,19 @@ def open_source(name: str, form: str = "auto") -> Source:
     if name == "-":
         if sys.stdin is None:
             raise ValueError("standard input is closed: give a file or a folder")
-        return Source(_read(sys.stdin.buffer, form, Path.cwd()), None, "standard input")
+        return _stream(sys.stdin.buffer, form, Path.cwd(), "standard input")
     path = Path(name)
     if path.is_dir():
         return _folder(path)
+    suffix = path.suffix.lower()
     if form == "auto":
-        form = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text"}.get(
-            path.suffix.lower(), "auto"
-        )
-    regular = path.is_file()
+        form = _BY_SUFFIX.get(suffix, "auto")
+    if not path.is_file() and path.exists():
+        return _stream(path.open("rb"), form, path.parent, name)
     with path.open("rb") as file:  # fails here and not in the middle of the work
-        if regular:
-            head = _first_line(file)
-            if form == "auto":
-                form = _form_of(head)
-            if form == "jsonl":
-                _refuse_document(path, head)
-    total = sum(1 for _ in _file_lines(path, form)) if regular else None
-    return Source(_file_lines(path, form), total, str(path))
+        form = _form_of(_head(file), form, name, array=suffix == ".json")
+    total = sum(1 for _ in _file_lines(path, form))
+    return Source(_file_lines(path, form), total, name)
 
 
 def _folder(path: Path) -> Source:
@@ -184,22 +183,20 @@ class _Files:
             yield Line(index, os.fsencode(name) + b"\0%d" % size, "file", self._base)
 
 
+def _stream(file: BinaryIO, form: str, base: Path, name: str) -> Source:
+    """Of a pipe, which can be read once."""
+    head = _head(file)
+    form = _form_of(head, form, name)
+    return Source(_numbered(chain(head, file), form, base), None, name)
+
+
 def _file_lines(path: Path, form: str) -> Iterator[Line]:
     with path.open("rb") as file:
-        yield from _read(file, form, path.parent)
+        yield from _numbered(file, form, path.parent)
 
 
-def _read(file: BinaryIO, form: str, base: Path) -> Iterator[Line]:
-    """Lines of a file: blank ones are items of a text, and nothing in JSONL."""
-    lines = iter(file)
-    if form == "auto":
-        head = []
-        for line in lines:
-            head.append(line)
-            if line.strip():
-                break
-        form = _form_of(head[-1] if head else b"")
-        lines = chain(head, lines)
+def _numbered(lines: Iterable[bytes], form: str, base: Path) -> Iterator[Line]:
+    """Items of lines: blank ones are items of a text, and nothing in JSONL."""
     index = 0
     first = True
     for line in lines:
@@ -212,28 +209,42 @@ def _read(file: BinaryIO, form: str, base: Path) -> Iterator[Line]:
             index += 1
 
 
-def _first_line(file: BinaryIO) -> bytes:
-    """The first line that is not blank, empty if there is none."""
-    return next((line for line in file if line.removeprefix(_BOM).strip()), b"")
+def _head(file: BinaryIO) -> list[bytes]:
+    """The lines up to the first that is not blank."""
+    head = []
+    for line in file:
+        head.append(line)
+        if line.removeprefix(_BOM).strip():
+            break
+    return head
 
 
-def _refuse_document(path: Path, line: bytes) -> None:
-    """Tell one JSON document of many lines from items, of which this would be the first line.
+def _form_of(head: list[bytes], form: str, name: str, array: bool = False) -> str:
+    """The format of an input, ``text`` or ``jsonl``.
+
+    Args:
+        head: its lines up to the first that is not blank.
+        form: what it is said to be.
+        array: whether an array in one line is certainly a document, and no item.
 
     Raises:
-        ValueError: it is such a document. Some of its lines may well look like items.
+        ValueError: it is one JSON document of many items. Some of its lines may well look like
+            items.
     """
-    line = line.removeprefix(_BOM).strip()
-    if line == b"[" or (path.suffix.lower() == ".json" and line.startswith(b"[")):
-        raise ValueError(f"{path} is one JSON array: write an item a line, as `jq -c '.[]'` does")
+    if form == "text":
+        return form
+    plain = "" if form == "jsonl" else "; for plain lines: --format text"
+    line = head[-1].removeprefix(_BOM).strip() if head else b""
+    value: Any = None
+    if form == "auto":
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line)
+    if line == b"[" or (array and line.startswith(b"[")) or isinstance(value, list):
+        raise ValueError(
+            f"{name} is one JSON array: write an item a line, as `jq -c '.[]'` does{plain}"
+        )
     if line == b"{":
-        raise ValueError(f"{path} has items of many lines: write one a line, as `jq -c .` does")
-
-
-def _form_of(line: bytes) -> str:
-    """The format of an input whose first line that is not blank is this one."""
-    try:
-        value = json.loads(line.removeprefix(_BOM))
-    except (ValueError, RecursionError):
-        return "text"
-    return "jsonl" if isinstance(value, str | dict) else "text"
+        raise ValueError(
+            f"{name} has items of many lines: write one a line, as `jq -c .` does{plain}"
+        )
+    return "jsonl" if form == "jsonl" or isinstance(value, str | dict) else "text"
