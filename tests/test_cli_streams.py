@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from qvlfast.cli import main
-from qvlfast.cli.streams import naming, one_line
+from qvlfast.cli.streams import naming, one_line, warnings_as_messages
 from tests.test_cli_embed import (
     ROOT,
     command,
@@ -113,6 +115,21 @@ def test_names_that_the_output_cannot_encode(
 def test_one_line() -> None:
     assert one_line("a\tb\r\n\x1b\x85\u2028\u2029c") == r"a\tb\r\n\x1b\x85\u2028\u2029c"
     assert one_line("👩‍👩‍👧 日本 é \\n") == "👩‍👩‍👧 日本 é \\n"
+
+
+def test_warnings_are_one_line(
+    small_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = write_lines(tmp_path / "documents.jsonl", ["word " * 500])
+    arguments = ["rerank", small_checkpoint, "query", documents, "--max-length", "200"]
+    assert main([*map(str, arguments)]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("qvlfast: warning: 1 of 1 inputs") and error.count("\n") == 1
+    PIL.Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")
+    with warnings_as_messages():
+        PIL.Image.open(tmp_path / "large.png").close()  # of a size that Pillow warns of
+        warnings.warn("two\nlines", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "qvlfast: warning: two\\nlines\n"
 
 
 def test_errors_name_a_file(tmp_path: Path) -> None:

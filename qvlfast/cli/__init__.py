@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     streams.prepare()
     output = cast(TextIO, streams.Output(sys.stdout))
     try:
-        with contextlib.redirect_stdout(output):
+        with contextlib.redirect_stdout(output), streams.warnings_as_messages():
             try:
                 options = build_parser().parse_args(arguments)
                 code: int = options.run(options)

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import unicodedata
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -66,6 +67,20 @@ def say(text: str) -> None:
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr)
     flush_messages()
+
+
+@contextlib.contextmanager
+def warnings_as_messages() -> Iterator[None]:
+    """Warnings are a line each, without the source that they come from."""
+
+    def show(message: object, *_: object, **__: object) -> None:
+        say(f"qvlfast: warning: {one_line(message)}")
+
+    with warnings.catch_warnings():
+        # Of Pillow, from half the size up that it refuses.
+        warnings.filterwarnings("ignore", r"Image size \(.*\) exceeds limit")
+        warnings.showwarning = show
+        yield
 
 
 def flush_messages() -> None:
