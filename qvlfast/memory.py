@@ -1,6 +1,6 @@
 """How much memory a model takes, known before it is loaded or run.
 
-Weights are counted from shapes and formats. For activations the model's own code runs over tensors
+Weights are counted from shapes and formats. For activations the model's own code runs over weights
 that have a shape and no storage, with a table of ops that allocate what a backend's ops allocate
 and compute nothing; the bytes that are alive at once are added up as it goes. So the peak follows
 the code, whatever is changed there. Not in it: what torch's allocator keeps for later use.
@@ -33,6 +33,8 @@ from .stand_in import (
     stand_in_prompt,
     stand_in_weights,
 )
+
+CPU = torch.device("cpu")
 
 _PROBE = 512  # rows of a batch that is measured, and of its windows
 _SLACK = 1 << 16  # tensors begin at multiples of 256 bytes
@@ -117,27 +119,32 @@ def peak_activations(
         limits: of what is worked at once; None: the whole batch is.
     """
     prompts = _prompts(config, tokens, patches, longest)
-    model = _stand_in(config, setup)
+    model = _stand_in(config, setup, META)
     # A first time to know the size of the block.
     arena = Arena(META)
-    _pass(model, prompts, limits, arena)
+    _pass(model, prompts, limits, arena, META)
     size = arena.peak
     with _Counter() as counter:
         arena.reserve(size)
-        _pass(model, prompts, limits, arena)
+        _pass(model, prompts, limits, arena, META)
     return counter.peak + _scratch(config, setup, tokens, patches, longest)
 
 
-def _stand_in(config: ModelConfig, setup: Setup) -> Model:
+def _stand_in(config: ModelConfig, setup: Setup, device: torch.device) -> Model:
     small = shortened(config)
-    return Model(small, stand_in_weights(small, setup), STAND_IN_OPS[setup.backend]())
+    weights = stand_in_weights(small, setup, device=device)
+    return Model(small, weights, STAND_IN_OPS[setup.backend]())
 
 
 def _pass(
-    model: Model, prompts: Sequence[Prompt], limits: PieceLimits | None, memory: Memory
+    model: Model,
+    prompts: Sequence[Prompt],
+    limits: PieceLimits | None,
+    memory: Memory,
+    device: torch.device,
 ) -> None:
     merge = model.config.vision.spatial_merge_size
-    batch = pack(prompts, merge, META, limits=limits).batch
+    batch = pack(prompts, merge, device, limits=limits).batch
     answer = model.forward(batch, memory=memory)
     del answer, batch
 
@@ -173,8 +180,8 @@ class _Stage:
 class ArenaPlan:
     """What a batch takes of an :class:`qvlfast.arena.Arena`, known before it is run.
 
-    Measured on tensors without storage: what every op takes grows with its rows and with nothing
-    else, so a few batches say it of all.
+    Measured with weights that are one number each: what every op takes grows with its rows and with
+    nothing else, so a few batches say it of all.
     """
 
     text: _Stage
@@ -183,15 +190,15 @@ class ArenaPlan:
     @classmethod
     def measure(cls, config: ModelConfig, setup: Setup) -> ArenaPlan:
         """The plan of a model; takes some milliseconds."""
-        model, merge = _stand_in(config, setup), config.vision.spatial_merge_size
+        model, merge = _stand_in(config, setup, CPU), config.vision.spatial_merge_size
 
         def text(rows: int, limits: PieceLimits | None, arena: Arena) -> None:
-            _pass(model, [stand_in_prompt(config, rows)], limits, arena)
+            _pass(model, [stand_in_prompt(config, rows)], limits, arena, CPU)
 
         def vision(rows: int, limits: PieceLimits | None, arena: Arena) -> None:
             grid = (rows // _PROBE, merge, _PROBE // merge)
             prompt = stand_in_prompt(config, 0, grid, is_video=True)
-            batch = pack([prompt], merge, META, limits=limits).batch.vision
+            batch = pack([prompt], merge, CPU, limits=limits).batch.vision
             assert batch is not None
             drain(model.vision(batch, memory=arena))
 
@@ -212,7 +219,7 @@ class ArenaPlan:
 
 def _measured(stage: Callable[[int, PieceLimits | None, Arena], None]) -> _Stage:
     def taken(rows: int, limits: PieceLimits | None) -> int:
-        arena = Arena(META)
+        arena = Arena(CPU)
         stage(rows, limits, arena)
         return arena.peak
 

@@ -1,5 +1,5 @@
-"""A model that has shapes and no storage: prompts, weights and tables of ops. The model's own code
-runs over it, to learn what it would allocate or launch."""
+"""A model that has shapes and computes nothing: prompts, weights and tables of ops. The model's own
+code runs over it, to learn what it would allocate or launch."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ from .weights import (
 )
 
 META = torch.device("meta")
+"""Its tensors have no storage at all. The first operations on them make torch import its compiler,
+which takes a second."""
 
 Format = str
 """``float``, or a format of quantised weights: int8, int4, fp8, fp8_blocks."""
@@ -154,8 +156,9 @@ def stand_in_weights(
     prepare: Callable[..., Linear] = _as_they_are,
     *,
     reranker: bool = False,
+    device: torch.device = META,
 ) -> ModelWeights:
-    """Weights without storage.
+    """Weights without storage on ``META``; elsewhere one number stands for all of a tensor.
 
     Args:
         prepare: makes a linear of parts and a bias, told ``gated`` and the ``rows`` it wants.
@@ -163,11 +166,11 @@ def stand_in_weights(
     text, vision = config.text, config.vision
 
     def new(*shape: int, dtype: torch.dtype = setup.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=META)
+        return _new(shape, dtype, device)
 
     def linear(name: str, k: int, *sizes: int, bias: bool = False, gated: bool = False) -> Linear:
         form, group = setup.form(name), setup.group(name)
-        parts = [_weight(n, k, form, group, setup.dtype) for n in sizes]
+        parts = [_weight(n, k, form, group, setup.dtype, device) for n in sizes]
         whole = new(sum(sizes)) if bias else None
         return prepare(parts, whole, rows=setup.rows(name), gated=gated)
 
@@ -231,9 +234,17 @@ def stand_in_weights(
     )
 
 
-def _weight(n: int, k: int, form: Format, group: int, dtype: torch.dtype) -> Weight:
-    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+def _new(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device == META:
         return torch.empty(shape, dtype=dtype, device=META)
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def _weight(
+    n: int, k: int, form: Format, group: int, dtype: torch.dtype, device: torch.device
+) -> Weight:
+    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+        return _new(shape, dtype, device)
 
     scale = new(n, dtype=torch.float32)
     if form == "int8":
@@ -250,11 +261,16 @@ def _width(layer: Linear) -> int:
     return sum(part.shape[0] for part in layer.weight)
 
 
+def _device(x: Rows) -> torch.device:
+    return x.device if isinstance(x, Tensor) else x.values.device
+
+
 def _rows(x: Tensor, form: RowFormat, memory: Memory) -> Rows:
     if form == "float":
         return x
-    values = memory.empty(x.shape, dtype=torch.int8, device=META)
-    return QuantisedRows(values, memory.empty((len(x),), dtype=torch.float32, device=META), x.dtype)
+    values = memory.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = memory.empty((len(x),), dtype=torch.float32, device=x.device)
+    return QuantisedRows(values, scale, x.dtype)
 
 
 class _Reference(Ops):
@@ -281,7 +297,7 @@ class _Fused(Ops):
     def linear(
         x: Rows, layer: Linear, *, activation: str | None = None, memory: Memory = HEAP
     ) -> Tensor:
-        return memory.empty((len(x), _width(layer)), dtype=x.dtype, device=META)
+        return memory.empty((len(x), _width(layer)), dtype=x.dtype, device=_device(x))
 
     @staticmethod
     def add_linear(y: Tensor, x: Rows, layer: Linear) -> None:
@@ -291,19 +307,19 @@ class _Fused(Ops):
     def gated_linear(
         x: Rows, layer: Linear, *, rows: RowFormat = "float", memory: Memory = HEAP
     ) -> Rows:
-        out = memory.empty((len(x), _width(layer) // 2), dtype=x.dtype, device=META)
+        out = memory.empty((len(x), _width(layer) // 2), dtype=x.dtype, device=_device(x))
         return _rows(out, rows, memory)
 
     @staticmethod
     def embed(ids: Tensor, table: Tensor, *, memory: Memory = HEAP) -> Tensor:
-        return memory.empty((len(ids), table.shape[1]), dtype=table.dtype, device=META)
+        return memory.empty((len(ids), table.shape[1]), dtype=table.dtype, device=ids.device)
 
     @staticmethod
     def rms_norm(
         x: Tensor, weight: Tensor, eps: float, *, rows: RowFormat = "float", memory: Memory = HEAP
     ) -> Rows:
         if rows == "float":
-            return memory.empty(x.shape, dtype=x.dtype, device=META)
+            return memory.empty(x.shape, dtype=x.dtype, device=x.device)
         return _rows(x, rows, memory)
 
     @staticmethod
@@ -316,7 +332,7 @@ class _Fused(Ops):
         rows: RowFormat = "float",
         memory: Memory = HEAP,
     ) -> Rows:
-        return _rows(memory.empty(x.shape, dtype=x.dtype, device=META), rows, memory)
+        return _rows(memory.empty(x.shape, dtype=x.dtype, device=x.device), rows, memory)
 
     @staticmethod
     def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -330,7 +346,7 @@ class _Fused(Ops):
     def attention(
         q: Tensor, k: Tensor, v: Tensor, forest: Any, *, memory: Memory = HEAP, **rest: Any
     ) -> Tensor:
-        return memory.empty(q.shape, dtype=q.dtype, device=META)
+        return memory.empty(q.shape, dtype=q.dtype, device=q.device)
 
     @staticmethod
     def patch_embed(
@@ -343,7 +359,7 @@ class _Fused(Ops):
         memory: Memory = HEAP,
     ) -> Tensor:
         dtype = layer.weight[0].dtype
-        return memory.empty((len(pixels), _width(layer)), dtype=dtype, device=META)
+        return memory.empty((len(pixels), _width(layer)), dtype=dtype, device=pixels.device)
 
 
 class _Native(_Fused):
@@ -396,7 +412,7 @@ class _Triton(_Fused):
         many = isinstance(x, QuantisedRows) and len(x.values) > INT4_ROWS
         parts = layer.weight if many and layer.rows == "int8" else ()
         fours = [part for part in parts if isinstance(part, Int4Weight)]
-        return [torch.empty(four.shape, dtype=torch.int8, device=META) for four in fours]
+        return [torch.empty(four.shape, dtype=torch.int8, device=_device(x)) for four in fours]
 
 
 STAND_IN_OPS: dict[str, type[Ops]] = {"reference": _Reference, "native": _Native, "triton": _Triton}

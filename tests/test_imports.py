@@ -216,15 +216,40 @@ def test_csrc_includes_no_torch() -> None:
     assert not broken, f"one build serves every torch: {broken}"
 
 
-@pytest.mark.parametrize("module", ["qvlfast", "qvlfast._C"])
-def test_importing_the_package_does_not_load_transformers(module: str) -> None:
-    code = (
-        f"import sys, {module}\n"
-        "heavy = {'transformers', 'triton', 'kernels', 'pytest', 'tests', 'benchmarks'}\n"
-        "print(sorted(heavy & sys.modules.keys()))"
-    )
+USE = """
+import PIL.Image
+from qvlfast import Embedder, Reranker
+from qvlfast.gallery import EMBEDDER, RERANKER
+picture = {"image": PIL.Image.new("RGB", (64, 64))}
+with Embedder.from_pretrained(EMBEDDER, backend="native") as embedder:
+    embedder.encode(["one", picture])
+with Reranker.from_pretrained(RERANKER, backend="native", quantization="int8") as reranker:
+    reranker.rank("one", ["two", picture])
+"""
+
+
+@pytest.mark.parametrize(
+    "code", ["import qvlfast", "import qvlfast._C", USE], ids=["package", "extension", "use"]
+)
+def test_nothing_is_loaded_that_is_not_needed(code: str) -> None:
+    """Least of all torch's compiler, which takes a second, and which operations on tensors without
+    storage make torch import."""
+    heavy = [
+        "transformers",
+        "triton",
+        "kernels",
+        "pytest",
+        "tests",
+        "benchmarks",
+        "torch._dynamo",
+        "sympy",
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [
+            sys.executable,
+            "-c",
+            f"{code}\nimport sys\nprint(sorted(set({heavy}) & sys.modules.keys()))",
+        ],
         cwd=ROOT,
         env=os.environ,
         capture_output=True,
