@@ -4,11 +4,13 @@
 # make format  rewrite Python and C++ in the project's style
 #
 # torch is asked for by name, wherever pip looks. Where that is PyPI, its build for CUDA is large;
-# TORCH_ARGS goes to pip as it is, so that it can name another build, index or file.
+# TORCH_ARGS goes to pip as it is, so that it can name another build, index or file. JOBS processes
+# share the quick tests.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_ARGS ?= torch==2.13.0
+JOBS ?= 2
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -61,7 +63,7 @@ lint: build
 	$(bin)/clang-format --dry-run -Werror $(cpp)
 
 unit: build
-	$(bin)/python -m pytest -q -m "not gpu and not slow"
+	$(bin)/python -m pytest -q -m "not gpu and not slow" -n $(JOBS) --dist worksteal
 
 gpu-list: build
 	@echo "Not run, for want of a GPU or of the wish to use it (pytest -m gpu):"
