@@ -1,8 +1,10 @@
-"""What callers pass for inputs and pairs: one or many, and still the same when their turn comes."""
+"""What callers pass: inputs and pairs, one or many, which are still the same when their turn comes;
+and whole numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,20 @@ def pairs(values: Any) -> tuple[bool, list[Any]]:
     if two and not isinstance(values[0], list | tuple):
         return True, [values]
     return False, [*many("pairs", values)]
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A number that counts something.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is less than ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}: use a whole number")
+    if value < least:
+        raise ValueError(f"{name} is {value}: use a whole number from {least} up")
+    return int(value)
 
 
 def _is_one(value: Any) -> bool:

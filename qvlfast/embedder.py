@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .arguments import listed, many
+from .arguments import listed, many, whole
 from .errors import BatchError
 from .inputs import parse_item
 from .metrics import Metrics
@@ -369,14 +369,12 @@ class Embedder:
         check_choice("output", form.output, VECTOR_TYPES)
         check_choice("convert_to", form.convert_to, ("numpy", "torch"))
         check_choice("on_error", form.on_error, ("raise", "return"))
-        size = self.dimensions if form.dimensions is None else form.dimensions
-        if isinstance(size, bool) or not isinstance(size, int | np.integer):
-            raise TypeError(f"dimensions is {size!r}: use a whole number, or None")
-        if not 1 <= size <= self.dimensions:
+        size = self.dimensions if form.dimensions is None else whole("dimensions", form.dimensions)
+        if size > self.dimensions:
             raise ValueError(
                 f"dimensions is {size}: this model's vectors have {self.dimensions} values"
             )
-        check_dimensions(int(size), form.output)
+        check_dimensions(size, form.output)
 
     def _finish(self, gathered: _Gathered, form: _Form, single: bool) -> Any:
         """What :meth:`encode` returns or raises."""

@@ -38,7 +38,7 @@ class PixelLimits:
                 "0 < min_pixels <= max_pixels"
             )
         if self.video_total_pixels <= 0:
-            raise ValueError(f"video_total_pixels is {self.video_total_pixels}, expected > 0")
+            raise ValueError(f"total_pixels is {self.video_total_pixels}, expected > 0")
         if not (math.isfinite(self.fps) and self.fps > 0):
             raise ValueError(f"fps is {self.fps}, expected a finite number above 0")
         if self.max_frames < 2:

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import whole
 from .prompt import Prompt
 from .scheduler import LEVELS
 
@@ -72,8 +74,8 @@ class Terms:
     def __post_init__(self) -> None:
         if self.priority not in LEVELS:
             raise ValueError(f"priority is {self.priority!r}: use one of {', '.join(LEVELS)}")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}: use a positive number")
+        if self.batch_tokens is not None:
+            whole("batch_tokens", self.batch_tokens)
 
     @classmethod
     def make(
@@ -87,8 +89,8 @@ class Terms:
         size: int | None = None,
     ) -> Terms:
         """From the arguments of a call, which has ``timeout`` seconds from now."""
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout is {timeout}: use seconds above 0, or None")
+        if timeout is not None and not (isinstance(timeout, Real) and timeout > 0):
+            raise ValueError(f"timeout is {timeout!r}: use seconds above 0, or None")
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         try:
             hash(client)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .arguments import many
+from .arguments import many, whole
 from .arguments import pairs as listed_pairs
 from .errors import BatchError, InputError
 from .inputs import Item, parse_item
@@ -413,8 +413,8 @@ class _Ranking:
 
     def __post_init__(self) -> None:
         check_choice("on_error", self.on_error, ("raise", "return"))
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}: use a positive number, or None for all")
+        if self.top_k is not None:
+            whole("top_k", self.top_k)
 
 
 def _scored(outcomes: Sequence[Answer | Exception]) -> Encoded:

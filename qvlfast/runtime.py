@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from .arguments import whole
 from .checkpoint import Checkpoint, locate
 from .config import ModelConfig, load_config, load_pixel_config
 from .cost import Budget
@@ -91,13 +92,13 @@ class InputOptions:
         allow_media_domains: Sequence[str],
     ) -> InputOptions:
         """Check the arguments of ``from_pretrained`` and group them."""
-        if max_length < 1:
-            raise ValueError(f"max_length is {max_length}: use a positive number of tokens")
+        max_length = whole("max_length", max_length)
         if isinstance(allow_media_domains, str):
             raise ValueError(
                 f"allow_media_domains is the string {allow_media_domains!r}: use a list of hosts"
             )
-        limits = PixelLimits(min_pixels, max_pixels, total_pixels, fps, max_frames)
+        frames = whole("max_frames", max_frames, least=2)
+        limits = PixelLimits(min_pixels, max_pixels, total_pixels, fps, frames)
         policy = MediaPolicy(allow_media_domains=tuple(allow_media_domains))
         return cls(max_length, truncate, limits, policy)
 
@@ -201,11 +202,15 @@ class Runtime:
         torch_device = choose_device(device)
         torch_dtype = parse_dtype(dtype)
         plan = Quantization.parse(quantization)
+        batch_tokens = whole("batch_tokens", batch_tokens)
         # Long prompts and large pictures cost more than their tokens: a batch of them is smaller.
-        budget = Budget(batch_tokens, batch_patches, work=2.0 * batch_tokens)
-        sharing = Sharing(share_prefixes, cache_bytes, vision_cache_bytes)
-        if queue_tokens is not None and queue_tokens < 1:
-            raise ValueError(f"queue_tokens is {queue_tokens}: use a positive number, or None")
+        budget = Budget(batch_tokens, whole("batch_patches", batch_patches), 2.0 * batch_tokens)
+        sharing = Sharing(
+            share_prefixes,
+            whole("cache_bytes", cache_bytes, least=0),
+            whole("vision_cache_bytes", vision_cache_bytes, least=0),
+        )
+        queue_work = math.inf if queue_tokens is None else whole("queue_tokens", queue_tokens)
         check_backend(backend)
         folder = locate(model, revision=revision, local_files_only=local_files_only)
         config = load_config(folder)
@@ -240,7 +245,7 @@ class Runtime:
             arena = ArenaPlan.measure(config, setup)
         runner = Runner(network, torch_device, sharing, graphs, arena)
         engine = engine_of(torch_device)
-        served = engine.serve(runner, budget, queue_work=queue_tokens or math.inf)
+        served = engine.serve(runner, budget, queue_work=queue_work)
         return cls(config, prompter, engine, served, options)
 
     def __reduce__(self) -> Any:

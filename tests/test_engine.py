@@ -367,3 +367,10 @@ def test_works_in_a_forked_child(serving: Serving) -> None:
 def test_bad_terms(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Terms(**wrong)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), "5"])
+def test_bad_timeouts(timeout: Any) -> None:
+    options = {"priority": "normal", "client": None, "batch_tokens": None, "vision_cache": True}
+    with pytest.raises(ValueError, match=f"timeout is {timeout!r}"):
+        Terms.make(timeout=timeout, **options)

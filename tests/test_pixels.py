@@ -127,7 +127,7 @@ def test_resizing_leaves_the_callers_picture_alone() -> None:
     [
         ({"min_pixels": 0}, "min_pixels 0"),
         ({"max_pixels": 100}, "max_pixels 100"),
-        ({"video_total_pixels": 0}, "video_total_pixels is 0"),
+        ({"video_total_pixels": 0}, "total_pixels is 0"),
         ({"fps": 0}, "fps is 0"),
         ({"fps": math.inf}, "fps is inf"),
         ({"max_frames": 1}, "max_frames is 1"),

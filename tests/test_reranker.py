@@ -124,3 +124,7 @@ def test_truncation_cuts_the_document(tiny_checkpoint: Path) -> None:
 def test_top_k_must_be_positive(reranker: Reranker) -> None:
     with pytest.raises(ValueError, match="top_k is 0"):
         reranker.rank("a", DOCUMENTS, top_k=0)
+    wrong: Any
+    for wrong in (1.5, True, "1"):
+        with pytest.raises(TypeError, match=f"top_k is {wrong!r}"):
+            reranker.rank("a", DOCUMENTS, top_k=wrong)
