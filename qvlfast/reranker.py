@@ -6,35 +6,33 @@ import asyncio
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 
-from .arguments import many, whole
+from .arguments import many
 from .arguments import pairs as listed_pairs
-from .errors import BatchError, InputError
+from .errors import InputError
 from .inputs import Item, parse_item
 from .metrics import Metrics
 from .pixels import Patches
 from .prompt import Prompt
 from .quant import Quantization
-from .request import Answer, Terms, Usage
+from .request import Terms
 from .runtime import (
     EMPTY,
     UNLIMITED,
-    Encoded,
     InputOptions,
     OnError,
     Priority,
     Runtime,
     check_choice,
     check_runtime,
-    warn_if_truncated,
 )
+from .scores import Ranking, gather, predicted, ranked
 
 _PROCESS_KEYS = ("instruction", "query", "documents", "fps", "max_frames")
 
@@ -157,7 +155,7 @@ class Reranker:
             InputError: the query itself is at fault.
             BatchError: some documents failed, and ``on_error`` is ``raise``.
         """
-        form = _Ranking(top_k, return_documents, on_error)
+        form = Ranking(top_k, return_documents, on_error)
         documents = list(many("documents", documents))
         if _is_empty(query) or not documents:
             return []
@@ -176,7 +174,7 @@ class Reranker:
             show_progress=show_progress,
             terms=terms,
         )
-        return _ranked(_scored(list(outcomes)), documents, form)
+        return ranked(gather(list(outcomes)), documents, form)
 
     async def rank_async(
         self,
@@ -195,7 +193,7 @@ class Reranker:
     ) -> list[dict[str, Any]]:
         """:meth:`rank` for a coroutine: other tasks go on meanwhile, and cancelling this one
         gives up its work."""
-        form = _Ranking(top_k, return_documents, on_error)
+        form = Ranking(top_k, return_documents, on_error)
         documents = list(many("documents", documents))
         if _is_empty(query) or not documents:
             return []
@@ -212,8 +210,8 @@ class Reranker:
             self._against(item, media, documents, instruction), terms=terms
         )
         async with aclosing(outcomes):
-            scored = _scored([outcome async for outcome in outcomes])
-        return _ranked(scored, documents, form)
+            scored = gather([outcome async for outcome in outcomes])
+        return ranked(scored, documents, form)
 
     def predict(
         self,
@@ -257,7 +255,7 @@ class Reranker:
                 vision_cache=vision_cache,
             ),
         )
-        return _predicted(_scored(list(outcomes)), single, on_error, details)
+        return predicted(gather(list(outcomes)), single, on_error, details)
 
     async def predict_async(
         self,
@@ -287,8 +285,8 @@ class Reranker:
             ),
         )
         async with aclosing(outcomes):
-            scored = _scored([outcome async for outcome in outcomes])
-        return _predicted(scored, single, on_error, details)
+            scored = gather([outcome async for outcome in outcomes])
+        return predicted(scored, single, on_error, details)
 
     def process(self, inputs: Mapping[str, Any]) -> list[float]:
         """The method of the official script.
@@ -317,7 +315,7 @@ class Reranker:
         media = self._query_media(item, instruction)
         sampled = [_with(document, sampling) for document in many("documents", documents)]
         outcomes = self._runtime.run(self._against(item, media, sampled, instruction))
-        scores = _predicted(_scored(list(outcomes)), False, "raise", False)
+        scores = predicted(gather(list(outcomes)), False, "raise", False)
         return [float(score) for score in scores]
 
     def metrics(self) -> Metrics:
@@ -401,63 +399,6 @@ class Reranker:
         media = self._runtime.load_media(item, rest)
         max_length = self._runtime.options.max_length
         return self._prompt(query, query_media, item, media, instruction, max_length)
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """In what form a call wants its ranking; see :meth:`Reranker.rank`."""
-
-    top_k: int | None
-    return_documents: bool
-    on_error: OnError
-
-    def __post_init__(self) -> None:
-        check_choice("on_error", self.on_error, ("raise", "return"))
-        if self.top_k is not None:
-            whole("top_k", self.top_k)
-
-
-def _scored(outcomes: Sequence[Answer | Exception]) -> Encoded:
-    """The scores of a call."""
-    scores = np.full(len(outcomes), np.nan, dtype=np.float32)
-    usage: list[Usage | None] = [None] * len(outcomes)
-    errors: dict[int, Exception] = {}
-    for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, Answer):
-            scores[index] = outcome.value
-            usage[index] = outcome.usage
-        else:
-            errors[index] = outcome
-    warn_if_truncated(usage, stacklevel=4)
-    return Encoded(scores, usage, errors)
-
-
-def _ranked(scored: Encoded, documents: Sequence[Any], form: _Ranking) -> list[dict[str, Any]]:
-    """What :meth:`Reranker.rank` returns or raises."""
-    order = np.argsort(-scored.vectors, kind="stable").tolist()  # NaN sorts last
-    good = len(order) - len(scored.errors)
-    results = []
-    for index in order[:good][: form.top_k] + order[good:]:
-        result: dict[str, Any] = {"index": index, "score": float(scored.vectors[index])}
-        if form.return_documents:
-            result["document"] = documents[index]
-        if index in scored.errors:
-            result["error"] = scored.errors[index]
-        results.append(result)
-    if scored.errors and form.on_error == "raise":
-        raise BatchError(results, scored.errors)
-    return results
-
-
-def _predicted(scored: Encoded, single: bool, on_error: OnError, details: bool) -> Any:
-    """What :meth:`Reranker.predict` returns or raises."""
-    scores = float(scored.vectors[0]) if single else scored.vectors
-    result = scored if details or on_error == "return" else scores
-    if scored.errors and on_error == "raise":
-        if single:
-            raise scored.errors[0]
-        raise BatchError(result, scored.errors)
-    return result
 
 
 def _is_empty(query: Any) -> bool:
