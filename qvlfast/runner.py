@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .arena import HEAP, Arena, Memory
+from .arguments import whole
 from .batch import Cut, Packed, pack, piece_limits
 from .cache import AnswerCache, CacheCounts, PrefixCache, VisionCache
 from .config import ModelConfig
@@ -52,8 +53,7 @@ class Sharing:
 
     def __post_init__(self) -> None:
         for name in ("cache_bytes", "vision_cache_bytes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: use 0 to switch it off")
+            whole(name, getattr(self, name), least=0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -205,11 +205,7 @@ class Runtime:
         batch_tokens = whole("batch_tokens", batch_tokens)
         # Long prompts and large pictures cost more than their tokens: a batch of them is smaller.
         budget = Budget(batch_tokens, whole("batch_patches", batch_patches), 2.0 * batch_tokens)
-        sharing = Sharing(
-            share_prefixes,
-            whole("cache_bytes", cache_bytes, least=0),
-            whole("vision_cache_bytes", vision_cache_bytes, least=0),
-        )
+        sharing = Sharing(share_prefixes, cache_bytes, vision_cache_bytes)
         queue_work = math.inf if queue_tokens is None else whole("queue_tokens", queue_tokens)
         check_backend(backend)
         folder = locate(model, revision=revision, local_files_only=local_files_only)

@@ -290,5 +290,5 @@ def test_pictures_of_a_call_can_stay_out_of_the_cache(tiny_checkpoint: Path) -> 
 
 @pytest.mark.parametrize("name", ["cache_bytes", "vision_cache_bytes"])
 def test_bad_budgets(tiny_checkpoint: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is -1: use 0"):
+    with pytest.raises(ValueError, match=f"{name} is -1: use a whole number from 0 up"):
         Embedder.from_pretrained(tiny_checkpoint, **{name: -1})
