@@ -12,7 +12,7 @@ from setuptools import setup
 # Kernels rely on a product and a sum in one instruction where the processor has it.
 COMPILE_ARGS = ["-O3", "-ffp-contract=fast", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
 # Newer compilers warn about more; that must not stop a user's build, only ours.
-if os.environ.get("QVLFAST_WERROR") == "1" or os.environ.get("CI"):
+if os.environ.get("QVLFAST_WERROR") == "1":
     COMPILE_ARGS.append("-Werror")
 
 

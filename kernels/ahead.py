@@ -18,7 +18,7 @@ from triton.knobs import runtime as _knobs
 from triton.runtime import driver
 
 from .common import AHEAD, INTERPRETED, RefusalError
-from .configs import TARGETS
+from .configs import TARGETS, nearest
 
 # Triton has one active driver a process.
 _ONE_AT_A_TIME = threading.Lock()
@@ -76,8 +76,12 @@ def compiling_for(
     """
     if INTERPRETED or _knobs.interpret:
         raise RefusalError("compiling: TRITON_INTERPRET=1 is set, which compiles nothing: unset it")
-    if not re.fullmatch(r"sm_\d+", target) or target not in TARGETS:
+    if not re.fullmatch(r"sm_\d+", target):
         raise RefusalError(f"compiling: target {target!r} is unknown: use {', '.join(TARGETS)}")
+    try:
+        nearest(target)
+    except ValueError as error:
+        raise RefusalError(f"compiling: {error}") from None
     with _ONE_AT_A_TIME:
         before = driver._active
         driver.set_active(_Driver(target))

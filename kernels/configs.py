@@ -25,6 +25,24 @@ PROCESSORS = {
     "sm_120": 170,  # 5090
 }
 
+
+def nearest(target: str) -> str:
+    """The one of :data:`TARGETS` whose blocks a GPU gets: itself, or the newest that is older, as
+    sm_80 for sm_86 and sm_120 for sm_121. sm_80's fit into the shared memory of all.
+
+    Raises:
+        ValueError: all are newer.
+    """
+    known = [t for t in TARGETS if _number(t) <= _number(target)]
+    if not known:
+        raise ValueError(f"{target} is older than {TARGETS[0]}, with which the kernels begin")
+    return known[-1]
+
+
+def _number(target: str) -> int:
+    return int(target.removeprefix("sm_"))
+
+
 # Where tensor descriptors feed the matrix unit: on sm_80 to 89 there are none (they compile to
 # plain loads), and sm_120 multiplies from registers, which cp.async serves as well.
 DESCRIPTOR_TARGETS = ("sm_90", "sm_100", "sm_110")
@@ -119,7 +137,7 @@ def gemm_config(
     Args:
         kind: of the operands, one of :data:`KINDS`; ``float16`` stands for bfloat16 too.
         target: ``sm_89`` and the like, or ``interpreter``, which pays by the program, so that
-            blocks there are as large as NumPy handles well.
+            blocks there are as large as NumPy handles well. See :func:`nearest` for others.
         n: outputs, after gating.
         activation, gated, residual: what follows the product; it needs registers too.
     """
@@ -127,6 +145,7 @@ def gemm_config(
         most = 128 if kind == "int4" else 512
         bm, bn, bk = (min(most, max(16, 1 << max(size - 1, 0).bit_length())) for size in (m, n, k))
         return GemmConfig(bm, bn, bk, warps=4, stages=1)
+    target = nearest(target)
     rows = row_class(kind, m)
     measured = PRODUCTS.get((kind, target, rows, gated))
     config = (

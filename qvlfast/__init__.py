@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from .metrics import Metrics
     from .quant import Quantization
+    from .quant.stored import QuantizationWarning
     from .request import Usage
     from .reranker import Reranker
     from .runtime import Encoded, TruncationWarning
@@ -33,6 +34,7 @@ __all__ = [
     "InputError",
     "Metrics",
     "Quantization",
+    "QuantizationWarning",
     "QueueFull",
     "QvlfastError",
     "Reranker",
@@ -52,6 +54,7 @@ _PLACES = {
     "InputError": "errors",
     "Metrics": "metrics",
     "Quantization": "quant",
+    "QuantizationWarning": "quant.stored",
     "QueueFull": "errors",
     "QvlfastError": "errors",
     "Reranker": "reranker",

@@ -3,7 +3,8 @@ and whole numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Set, ValuesView
 from numbers import Integral
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 _ONE = (str, bytes, Mapping, Image.Image)
+_HOLDERS = (list, tuple, deque, Set, KeysView, ValuesView)
 _DEEPEST = 4  # a pair's document, `video`, a list of videos, the frames of one
 
 
@@ -33,8 +35,8 @@ def listed(inputs: Any) -> tuple[bool, list[Any]]:
 def many(name: str, values: Any) -> Iterator[Any]:
     """The inputs of a call that takes a list of them, one by one.
 
-    A generator may fill the same array, picture or dict again and again, so what it yields is
-    copied.
+    A generator, or what reads a file, may fill the same array, picture or dict again and again. So
+    what comes from anything but a container is copied.
 
     Raises:
         TypeError: a single input, whose letters, keys or rows nobody meant, or no iterable.
@@ -43,7 +45,7 @@ def many(name: str, values: Any) -> Iterator[Any]:
         raise TypeError(f"{name} is one {type(values).__name__}: pass a list of inputs")
     if isinstance(values, np.ndarray):
         values = values.tolist()
-    return map(_copied, values) if isinstance(values, Iterator) else iter(values)
+    return iter(values) if isinstance(values, _HOLDERS) else map(_copied, values)
 
 
 def pairs(values: Any) -> tuple[bool, list[Any]]:
@@ -85,6 +87,8 @@ def _copied(value: Any, depth: int = 0) -> Any:
         return value
     if isinstance(value, np.ndarray):
         return value.copy()
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
     if isinstance(value, Image.Image):
         return _copied_picture(value)
     if isinstance(value, Mapping):

@@ -29,7 +29,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         )
     if chosen.type not in ("cpu", "cuda"):
         raise BackendError(f"device {device!r} is not supported: use auto, cpu or cuda:0")
-    return chosen
+    return torch.device("cpu") if chosen.type == "cpu" else chosen  # cpu:0 is no other
 
 
 def check_backend(backend: str) -> None:
@@ -114,6 +114,11 @@ def _triton_ops(device: torch.device) -> Ops:
             f"backend 'triton' needs device='cuda', not {str(device)!r}: use backend='reference'. "
             "Its kernels run on the CPU in Triton's interpreter only, which is for tests: set "
             "TRITON_INTERPRET=1 in the environment before Python starts"
+        )
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 0):
+        raise BackendError(
+            f"backend 'triton' begins with sm_80, and {str(device)!r} is sm_{found[0]}{found[1]}: "
+            "use backend='reference'"
         )
     from .backends.triton import TritonOps
 

@@ -30,8 +30,10 @@ from .runtime import (
     Priority,
     Runtime,
     check_choice,
+    check_instruction,
     check_runtime,
     warn_if_truncated,
+    warn_of_truncation,
 )
 from .vectors import VECTOR_TYPES, VectorType, check_dimensions, convert, cut, similarity
 
@@ -41,8 +43,8 @@ class Embedder:
 
     An *input* is a string, a ``PIL.Image``, or a dict with any of ``text``, ``image``, ``video``
     (each one value or a list), ``instruction``, ``fps`` and ``max_frames``. An image is a path,
-    URL, data URI, bytes or ``PIL.Image``; a video is a path, URL, data URI, bytes or a list of
-    images.
+    URL, data URI, bytes, ``PIL.Image`` or NumPy array ``[H, W, 3]`` uint8; a video is a path, URL,
+    data URI, bytes or a list of images.
 
     Make one with :meth:`from_pretrained`.
     """
@@ -97,7 +99,8 @@ class Embedder:
             max_length: the most tokens an input may have.
             truncate: cut the text of longer inputs, with a warning; otherwise they are errors.
             min_pixels, max_pixels: pictures are resized to have this many pixels.
-            total_pixels: the same for all sampled frames of a video together, halved.
+            total_pixels: the most that the frames of a video have together, two counted as one; of
+                a file only where its prompt would be too long.
             fps: frames a second that are sampled from video files.
             max_frames: the most frames sampled from a video.
             allow_media_domains: hosts that media may be fetched from; a leading dot admits
@@ -123,6 +126,7 @@ class Embedder:
             CheckpointError: the checkpoint is missing, damaged or of another kind.
             BackendError: the device or backend does not exist here, or cannot be deterministic.
         """
+        check_instruction(default_instruction)
         runtime = Runtime.load(
             model,
             InputOptions.make(
@@ -211,6 +215,7 @@ class Embedder:
         """
         form = _Form(dimensions, normalize, output, convert_to, on_error, details)
         self._check(form)
+        check_instruction(instruction)
         single, items = listed(inputs)
         outcomes = self._runtime.run(
             (self._request(item, instruction) for item in items),
@@ -251,6 +256,7 @@ class Embedder:
         gives up its work."""
         form = _Form(dimensions, normalize, output, convert_to, on_error, details)
         self._check(form)
+        check_instruction(instruction)
         single, items = listed(inputs)
         outcomes = self._runtime.run_async(
             (self._request(item, instruction) for item in items),
@@ -279,6 +285,7 @@ class Embedder:
         output: VectorType = "float32",
         batch_tokens: int | None = None,
         on_error: OnError = "raise",
+        details: bool = False,
         priority: Priority = "normal",
         client: Hashable = None,
         vision_cache: bool = True,
@@ -290,11 +297,13 @@ class Embedder:
         parallel if their paths are yielded.
 
         Yields:
-            For each input in order its vector ``[D]``. With ``on_error="return"`` a failed
-            item yields its exception instead; with ``raise`` the first one is raised.
+            For each input in order its vector ``[D]``; with ``details`` an :class:`Encoded` of it
+            alone. With ``on_error="return"`` a failed item yields its exception instead; with
+            ``raise`` the first one is raised.
         """
-        form = _Form(dimensions, normalize, output, "numpy", on_error, False)
+        form = _Form(dimensions, normalize, output, "numpy", on_error, details)
         self._check(form)
+        check_instruction(instruction)
         requests = (self._request(item, instruction) for item in many("inputs", inputs))
         terms = Terms.make(
             priority=priority,
@@ -304,14 +313,15 @@ class Embedder:
             vision_cache=vision_cache,
             size=form.size(self.dimensions),
         )
-        warned = False
-        for outcome in self._runtime.run(requests, terms=terms):
+        warned = details  # whoever asked for them is told of each item
+        for index, outcome in enumerate(self._runtime.run(requests, terms=terms)):
             if isinstance(outcome, Answer):
                 if outcome.usage.truncated_tokens and not warned:
                     warned = True
-                    warn_if_truncated([outcome.usage])
-                vector, _ = convert(form.finished(outcome.value[None]), output)
-                yield vector[0]
+                    warn_of_truncation(index)
+                vectors, scales = convert(form.finished(outcome.value[None]), output)
+                usage: list[Usage | None] = [outcome.usage]
+                yield Encoded(vectors[0], usage, {}, scales) if details else vectors[0]
             elif on_error == "raise":
                 raise outcome
             else:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import math
 import os
+import queue
 import threading
 import time
 import weakref
@@ -39,6 +40,9 @@ from .served import Job, Served
 # Prepared pixels that may wait for the models; beyond it the host threads pause. One patch of a
 # still is 768 bytes, so this is about 200 MB.
 _MAX_WAITING_PATCHES = 1 << 18
+
+# An idle engine looks this often whether a model was dropped: see Engine.drop.
+_IDLE_SECONDS = 0.5
 
 _NON_FINITE = (
     "the model answered NaN or infinity for this input, or zeros alone: with float16 weights load "
@@ -72,6 +76,7 @@ class Engine:
         self._scheduler: Scheduler[Job] = Scheduler(ageing=self._ageing)
         self._host: HostPool[Job] | None = None
         self._thread: threading.Thread | None = None
+        self._dropped: queue.SimpleQueue[Served] = queue.SimpleQueue()
         self._seconds = 0.0  # that batches took which ran between pieces of another
 
     def serve(self, runner: Runner, budget: Budget, *, queue_work: float = math.inf) -> Served:
@@ -83,6 +88,7 @@ class Engine:
             queue_work: waiting work, in tokens, from which on requests are refused.
         """
         with self._lock:
+            self._let_go_of_dropped()
             served = Served(runner, budget, queue_work)
             self._models.add(served)
             self._give_lane(served)
@@ -95,7 +101,12 @@ class Engine:
         served.lane.preparing = sum(job.counted for job in served.open)
 
     def submit(
-        self, served: Served, prepare: Callable[[], Prompt], terms: Terms = DEFAULT_TERMS
+        self,
+        served: Served,
+        prepare: Callable[[], Prompt],
+        terms: Terms = DEFAULT_TERMS,
+        *,
+        in_any_case: bool = False,
     ) -> Pending:
         """Queue one request.
 
@@ -104,39 +115,55 @@ class Engine:
             prepare: called once, in a host thread, to make the prompt; what it raises becomes
                 the future's exception.
             terms: how it is to be treated.
+            in_any_case: however much work waits.
 
         Raises:
-            BackendError: the model was closed.
+            BackendError: the model was closed, or a thread cannot be started.
             QueueFull: too much work waits for it.
         """
         job = Job(served, prepare, terms, LEVELS.index(terms.priority), Pending())
         job.future.on_cancel = partial(self._cancelled, job)
         try:
             with self._lock:
-                self._admit(job)
+                self._admit(job, in_any_case)
         except BaseException:  # Ctrl-C in the middle of it, too
             self._settle(job)
             raise
         return job.future
 
-    def _admit(self, job: Job) -> None:
+    def _admit(self, job: Job, in_any_case: bool) -> None:
         """Take a request in. Under the lock."""
         served, counters = job.served, job.served.runner.counters
+        self._let_go_of_dropped()
         if served.closed:
             raise BackendError("this model was closed: load it again to use it")
         try:
-            served.lane.admit()
+            served.lane.admit(in_any_case)
         except QueueFull:
             counters.add(refused=1)
             raise
         job.counted = True
         served.open.add(job)
-        if self._host is None:
-            self._host = HostPool(self._host_threads, self._prepare, self._has_room)
-            self._thread = threading.Thread(target=self._loop, name="qvlfast", daemon=True)
-            self._thread.start()
-        self._host.submit(job, job.level, job.terms.client)
+        host = self._host or self._start()
+        host.submit(job, job.level, job.terms.client)
         counters.add(submitted=1)
+
+    def _start(self) -> HostPool[Job]:
+        """Start the threads. Under the lock."""
+        host = None
+        thread = threading.Thread(target=self._loop, name="qvlfast", daemon=True)
+        try:
+            host = HostPool(self._host_threads, self._prepare, self._has_room)
+            thread.start()
+        except (RuntimeError, MemoryError) as error:
+            if host is not None:
+                host.close()
+            raise BackendError(
+                f"a thread cannot be started ({error}): raise this process's limits on memory and "
+                "processes (ulimit -v, -u), or let fewer of them run"
+            ) from error
+        self._host, self._thread = host, thread
+        return host
 
     def metrics(self, served: Served) -> Metrics:
         """Counters and gauges of a model as they are now."""
@@ -162,6 +189,16 @@ class Engine:
             served.closed = True
             self._let_go(served)
 
+    def drop(self, served: Served) -> None:
+        """:meth:`stop` for a finalizer. That may run in any thread in the middle of anything, under
+        this engine's lock and others, so it waits for none: the engine's thread does the rest."""
+        self._dropped.put(served)
+        if self._thread is None and self._lock.acquire(blocking=False):
+            try:
+                self._let_go_of_dropped()
+            finally:
+                self._lock.release()
+
     def close(self, served: Served) -> None:
         """:meth:`stop`, and return when everything is answered. Calling it again does nothing."""
         with self._lock:
@@ -173,8 +210,9 @@ class Engine:
         """Close all models, fail what is not answered yet, and return when the threads have
         ended."""
         with self._lock:
-            left = [job for served in self._models for job in served.open]
-            for served in list(self._models):
+            models = list(self._models)
+            left = [job for served in models for job in served.open]
+            for served in models:
                 self.stop(served)
         for job in left:
             job.future.unwanted = True
@@ -187,6 +225,12 @@ class Engine:
             self._models.discard(served)
             self._scheduler.remove_lane(served.lane)
         self._changed.notify_all()
+
+    def _let_go_of_dropped(self) -> None:
+        """Under the lock."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.stop(self._dropped.get_nowait())
 
     def _join(self) -> None:
         """Wait for the threads, if they have no more models to run."""
@@ -247,10 +291,15 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: len(self._scheduler) or not self._models)
+                self._changed.wait_for(
+                    lambda: len(self._scheduler) or not self._models, _IDLE_SECONDS
+                )
+                self._let_go_of_dropped()
                 if not self._models:
                     self._end()
                     return
+                if not len(self._scheduler):
+                    continue
                 start = time.monotonic()
                 while (left := start + self._scheduler.lull() - time.monotonic()) > 0:
                     self._changed.wait(left)

@@ -64,7 +64,7 @@ class Execution:
             for job in jobs:
                 self._fail(job, CancelledError() if job.future.unwanted else DeadlineError(LATE))
         except BaseException as error:
-            out_of_memory = _is_memory_fault(error)
+            out_of_memory = is_memory_fault(error)
             if out_of_memory:
                 jobs[0].served.runner.counters.add(memory_faults=1)
                 self._memory_ran_out(planned)
@@ -109,8 +109,10 @@ def _next(
     return None
 
 
-def _is_memory_fault(error: BaseException) -> bool:
+def is_memory_fault(error: BaseException) -> bool:
+    """Whether a batch, or the loading of a model, failed for want of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # torch's own allocator for the CPU has no class for it.
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # torch's own allocator for the CPU has no class for it, nor has its mapping of files.
+    texts = ("can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

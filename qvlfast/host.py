@@ -33,8 +33,12 @@ class HostPool(Generic[Job]):
             threading.Thread(target=self._loop, name=f"qvlfast-host-{i}", daemon=True)
             for i in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # there are no more of them to be had
+            self.close()
+            raise
 
     def submit(self, job: Job, level: int, client: Hashable) -> None:
         """Queue a job."""

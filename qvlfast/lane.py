@@ -83,15 +83,18 @@ class Lane(Generic[Job]):
         self._mean_work = 0.0
         self._clean = 0
 
-    def admit(self) -> None:
+    def admit(self, in_any_case: bool = False) -> None:
         """Count a request that is being prepared, until it is queued or :meth:`withdraw`.
+
+        Args:
+            in_any_case: whatever waits.
 
         Raises:
             QueueFull: what waits, and what is being prepared if it costs as much as requests
                 have so far, is at the limit.
         """
         predicted = self.waiting_work + self.preparing * self._mean_work
-        if predicted >= self._queue_work:
+        if predicted >= self._queue_work and not in_any_case:
             excess = predicted + self._mean_work - self._queue_work
             raise QueueFull(excess / self.speed if self.speed else 1.0, predicted)
         self.preparing += 1

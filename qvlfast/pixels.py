@@ -6,6 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 import PIL.Image
@@ -32,6 +33,10 @@ class PixelLimits:
     max_frames: int = 64
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                name = name.removeprefix("video_")
+                raise ValueError(f"{name} is {value!r}, expected a finite number")
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(
                 f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}: expected "
@@ -39,7 +44,7 @@ class PixelLimits:
             )
         if self.video_total_pixels <= 0:
             raise ValueError(f"total_pixels is {self.video_total_pixels}, expected > 0")
-        if not (math.isfinite(self.fps) and self.fps > 0):
+        if self.fps <= 0:
             raise ValueError(f"fps is {self.fps}, expected a finite number above 0")
         if self.max_frames < 2:
             raise ValueError(f"max_frames is {self.max_frames}, expected at least 2")

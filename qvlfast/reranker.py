@@ -30,6 +30,7 @@ from .runtime import (
     Priority,
     Runtime,
     check_choice,
+    check_instruction,
     check_runtime,
 )
 from .scores import Ranking, gather, predicted, ranked
@@ -89,6 +90,7 @@ class Reranker:
             CheckpointError: the checkpoint is missing, damaged or of another kind.
             BackendError: the device or backend does not exist here, or cannot be deterministic.
         """
+        check_instruction(default_instruction)
         runtime = Runtime.load(
             model,
             InputOptions.make(
@@ -145,7 +147,8 @@ class Reranker:
             return_documents: put the document itself into its result.
             on_error: ``raise`` scores the good documents, then raises one :class:`BatchError`;
                 ``return`` puts failed ones last, with score NaN and an ``error``.
-            priority, client, timeout, vision_cache: as in :meth:`qvlfast.Embedder.encode`.
+            batch_tokens, show_progress, priority, client, timeout, vision_cache: as in
+                :meth:`qvlfast.Embedder.encode`.
 
         Returns:
             A dict for each document: ``index`` in ``documents``, ``score``, and on request
@@ -156,6 +159,7 @@ class Reranker:
             BatchError: some documents failed, and ``on_error`` is ``raise``.
         """
         form = Ranking(top_k, return_documents, on_error)
+        check_instruction(instruction)
         documents = list(many("documents", documents))
         if _is_empty(query) or not documents:
             return []
@@ -194,6 +198,7 @@ class Reranker:
         """:meth:`rank` for a coroutine: other tasks go on meanwhile, and cancelling this one
         gives up its work."""
         form = Ranking(top_k, return_documents, on_error)
+        check_instruction(instruction)
         documents = list(many("documents", documents))
         if _is_empty(query) or not documents:
             return []
@@ -232,8 +237,8 @@ class Reranker:
         Args:
             pairs: a list of pairs, or one pair, as a tuple or a list.
             instruction: what counts as relevant; a query's own ``instruction`` comes first.
-            on_error, details, priority, client, timeout, vision_cache: as in
-                :meth:`qvlfast.Embedder.encode`; the scores are the ``vectors`` of the result.
+            batch_tokens, show_progress, on_error, details, priority, client, timeout, vision_cache:
+                as in :meth:`qvlfast.Embedder.encode`; the scores are the ``vectors`` of the result.
 
         Returns:
             Scores ``[N]`` float32 in the order of ``pairs``; a float for one pair.
@@ -242,6 +247,7 @@ class Reranker:
             BatchError: some pairs failed, and ``on_error`` is ``raise``.
         """
         check_choice("on_error", on_error, ("raise", "return"))
+        check_instruction(instruction)
         single, items = listed_pairs(pairs)
         outcomes = self._runtime.run(
             (partial(self._prepare_pair, pair, instruction) for pair in items),
@@ -273,6 +279,7 @@ class Reranker:
         """:meth:`predict` for a coroutine: other tasks go on meanwhile, and cancelling this one
         gives up its work."""
         check_choice("on_error", on_error, ("raise", "return"))
+        check_instruction(instruction)
         single, items = listed_pairs(pairs)
         outcomes = self._runtime.run_async(
             (partial(self._prepare_pair, pair, instruction) for pair in items),

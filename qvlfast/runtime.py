@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import time
 import warnings
 import weakref
 from collections import deque
@@ -26,7 +25,7 @@ from .dispatch import check_backend, choose_device, choose_ops
 from .engine import Engine, engine_of
 from .errors import BackendError, QueueFull
 from .graphs import graphs_for
-from .inputs import Item
+from .inputs import Item, check_text
 from .media import MediaPolicy
 from .memory import ArenaPlan
 from .metrics import Metrics
@@ -52,9 +51,6 @@ DTYPES = {
 # Requests of one call that are under way at once: enough to fill batches, few enough that an
 # endless input stays in bounded memory.
 _WINDOW = 256
-
-# How soon a call that found the queue full looks again.
-_RETRY_SECONDS = 0.05
 
 # In place of max_length: a prompt that is made only to be measured is never too long.
 UNLIMITED = 1 << 30
@@ -127,6 +123,12 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}: use one of {', '.join(allowed)}")
 
 
+def check_instruction(value: object) -> None:
+    """Raise InputError unless it is None or a text."""
+    if value is not None:
+        check_text(value, "the instruction")
+
+
 def check_runtime(runtime: object, kind: str) -> Runtime:
     """Raise TypeError unless a class was made by its ``from_pretrained``."""
     if not isinstance(runtime, Runtime):
@@ -145,6 +147,16 @@ def warn_if_truncated(usage: Sequence[Usage | None], stacklevel: int = 3) -> Non
             TruncationWarning,
             stacklevel=stacklevel,
         )
+
+
+def warn_of_truncation(index: int) -> None:
+    """Warn, from a generator, of the first of its items that lost text."""
+    warnings.warn(
+        f"item {index} was longer than max_length and lost text from its end; others after it may, "
+        "too: truncate=False makes it an error, and details=True says how much",
+        TruncationWarning,
+        stacklevel=3,
+    )
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -174,7 +186,7 @@ class Runtime:
         self.options = options
         # The engine keeps the model alive. Requests hold on to this object, so when it is dropped
         # without close() none is left, and the model can go.
-        weakref.finalize(self, engine.stop, served).atexit = False
+        weakref.finalize(self, engine.drop, served).atexit = False
 
     @classmethod
     def load(
@@ -284,9 +296,9 @@ class Runtime:
     ) -> Iterator[Answer | Exception]:
         """Answer requests in their order, a bounded number of them under way at once.
 
-        An item that fails yields its exception. Where the engine's queue is full, the call waits
-        its turn. If the caller stops early, by an exception or Ctrl-C too, what is under way is
-        given up.
+        An item that fails yields its exception. Where the engine's queue is full, the call has one
+        request there and waits for that. If the caller stops early, by an exception or Ctrl-C too,
+        what is under way is given up.
 
         Args:
             show_progress: None shows a bar on a terminal once the work takes over two seconds.
@@ -300,14 +312,11 @@ class Runtime:
         )
         try:
             for prepare in requests:
-                while (future := self._try(prepare, terms)) is None:
-                    if pending:
-                        outcome = _outcome(pending[0])
-                        pending.popleft()
-                        yield outcome
-                        bar.update()
-                    else:
-                        time.sleep(_RETRY_SECONDS)
+                while (future := self._try(prepare, terms, alone=not pending)) is None:
+                    outcome = _outcome(pending[0])
+                    pending.popleft()
+                    yield outcome
+                    bar.update()
                 pending.append(future)
                 if len(pending) >= _WINDOW:
                     outcome = _outcome(pending[0])
@@ -331,13 +340,10 @@ class Runtime:
         pending: deque[Pending] = deque()
         try:
             for prepare in requests:
-                while (future := self._try(prepare, terms)) is None:
-                    if pending:
-                        outcome = await _outcome_async(pending[0])
-                        pending.popleft()
-                        yield outcome
-                    else:
-                        await asyncio.sleep(_RETRY_SECONDS)
+                while (future := self._try(prepare, terms, alone=not pending)) is None:
+                    outcome = await _outcome_async(pending[0])
+                    pending.popleft()
+                    yield outcome
                 pending.append(future)
                 if len(pending) >= _WINDOW:
                     outcome = await _outcome_async(pending[0])
@@ -351,9 +357,10 @@ class Runtime:
             for future in pending:
                 future.cancel()
 
-    def _try(self, prepare: Callable[[], Prompt], terms: Terms) -> Pending | None:
+    def _try(self, prepare: Callable[[], Prompt], terms: Terms, alone: bool) -> Pending | None:
+        """None where the queue is full, and the call has other requests in it."""
         try:
-            return self.engine.submit(self.served, prepare, terms)
+            return self.engine.submit(self.served, prepare, terms, in_any_case=alone)
         except QueueFull:
             return None
 

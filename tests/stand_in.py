@@ -108,8 +108,10 @@ class Serving:
         budget = budget or Budget(tokens=40, patches=64)
         self.served = self.engine.serve(self.runner, budget, queue_work=queue_work)
 
-    def submit(self, prepare: Callable[[], Prompt], terms: Terms = DEFAULT_TERMS) -> Pending:
-        return self.engine.submit(self.served, prepare, terms)
+    def submit(
+        self, prepare: Callable[[], Prompt], terms: Terms = DEFAULT_TERMS, **options: bool
+    ) -> Pending:
+        return self.engine.submit(self.served, prepare, terms, **options)
 
     def metrics(self) -> Metrics:
         return self.engine.metrics(self.served)

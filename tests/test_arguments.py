@@ -10,7 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,28 @@ def same_dict() -> Iterator[Any]:
         yield item
 
 
-@pytest.mark.parametrize("reused", [same_array, same_picture, same_dict])
+def same_bytes() -> Iterator[Any]:
+    pictures = []
+    for shade in shades():
+        file = io.BytesIO()
+        Image.fromarray(shade).save(file, "BMP")  # all of one size
+        pictures.append(file.getvalue())
+    buffer = bytearray(len(pictures[0]))
+    for picture in pictures:
+        buffer[:] = picture
+        yield {"image": buffer if buffer[-1] % 2 else memoryview(buffer)}
+
+
+class Reader:
+    """Reads into one array, again for each that asks."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return same_array()
+
+
+@pytest.mark.parametrize("reused", [same_array, same_picture, same_dict, same_bytes, Reader])
 def test_a_generator_may_use_its_object_again(
-    embedder: Embedder, reused: Callable[[], Iterator[Any]]
+    embedder: Embedder, reused: Callable[[], Iterable[Any]]
 ) -> None:
     expected = embedder.encode(shades())
     assert len(np.unique(expected.round(4), axis=0)) == len(expected)

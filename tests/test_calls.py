@@ -132,6 +132,28 @@ def test_calls_wait_while_the_queue_is_full(embedder: Embedder) -> None:
     assert np.array_equal(vectors[5], embedder.encode(items[5]))
 
 
+def test_a_full_queue_lets_each_call_have_a_turn(embedder: Embedder) -> None:
+    embedder.encode(LONG[:4000])
+    before = embedder.metrics().refused
+    # Endless, so that it is there as long as the other.
+    many = (LONG[: 4000 + i] for i in range(1_000_000))
+    greedy, done = embedder.encode_iter(many, batch_tokens=1), threading.Event()
+
+    def take() -> None:
+        while not done.is_set():
+            next(greedy)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    until(lambda: embedder.metrics().refused > before)
+    short = embedder.encode("a short one", timeout=60)
+    assert thread.is_alive()
+    done.set()
+    thread.join()
+    greedy.close()
+    assert np.array_equal(short, embedder.encode("a short one"))
+
+
 def test_ctrl_c_leaves_a_usable_object(embedder: Embedder) -> None:
     expected = embedder.encode("one")
     before = embedder.metrics()

@@ -237,7 +237,11 @@ def test_rerank_queries(tmp_path: Path) -> None:
     image = str(tmp_path / "a.png")
     assert read_query(f"@{tmp_path / 'query.json'}") == {"text": "the query", "image": image}
     assert read_query(f"@{tmp_path / 'b.JPG'}") == {"image": tmp_path / "b.JPG"}
-    for bad in ("", "{}", "{not json}", '@{"text": "no file"}'):
+    (tmp_path / "plain.json").write_text('"the query"')
+    assert read_query(f"@{tmp_path / 'plain.json'}") == "the query"
+    (tmp_path / "list.json").write_text('["the query"]')
+    nothing = ("", "{}", '{"fps": 2}', '{"text": ""}', '{"image": []}')
+    for bad in (*nothing, "{not json}", '@{"text": "no file"}', f"@{tmp_path / 'list.json'}"):
         with pytest.raises((ValueError, OSError)):
             read_query(bad)
 
@@ -248,6 +252,24 @@ def test_weights_alone_are_asked_for() -> None:
         found = model_arguments(options)["quantization"]
         assert found == Quantization("int4", weight_only=True)
         assert model_arguments(build_parser().parse_args(given))["quantization"] is None
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_too_little_memory_is_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(options: object) -> int:
+        raise error
+
+    monkeypatch.setattr("qvlfast.cli.info.run", run)
+    assert main(["info", "model"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("qvlfast: not enough memory (") and message.count("\n") == 1
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["info", "model"])
 
 
 def test_info(odd_checkpoint: Path) -> None:

@@ -248,11 +248,11 @@ def test_no_items(small_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_too_long(small_checkpoint: Path, tmp_path: Path) -> None:
-    lines = write_lines(tmp_path / "long.jsonl", ["word " * 300, "short"])
+    lines = write_lines(tmp_path / "long.jsonl", ["word " * 300, "short", "another " * 200])
     out = tmp_path / "out.npy"
     limit = ("--max-length", "64")
     _, error = qvlfast("embed", small_checkpoint, lines, "-o", out, *limit)
-    assert "1 items were longer than --max-length" in error
+    assert "text was lost from the end: 2 items" in error and "warning" not in error
     qvlfast(
         "embed", small_checkpoint, lines, "-o", out, *limit, "--no-truncate", "--restart", code=1
     )
@@ -348,6 +348,8 @@ def test_a_run_goes_on_with_what_it_was_begun_with_only(
 
     _, error = qvlfast(*arguments, "--dimensions", "8", code=2)
     assert "dimensions was None, now 8" in error
+    _, error = qvlfast(*arguments, "--format", "text", code=2)
+    assert "format was 'jsonl', now 'text'" in error
     assert "--restart" in error
     other = write_checkpoint(tmp_path / "other", SMALL, seed=1)
     _, error = qvlfast("embed", other, lines, "-o", out, code=2)

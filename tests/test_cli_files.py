@@ -50,7 +50,7 @@ def test_the_input_is_not_overwritten(
         error = refused(
             capsys, "embed", small_checkpoint, lines, "-o", tmp_path / name, "--restart"
         )
-        assert "would be overwritten" in error
+        assert "is one of the outputs" in error
     with lines.open("rb") as stdin:
         command = ("embed", small_checkpoint, "-", "-o", lines, "--restart")
         _, error = qvlfast(*command, code=2, stdin=stdin)
@@ -167,6 +167,10 @@ def test_one_json_document_is_not_lines(
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
         error = refused(capsys, "embed", small_checkpoint, "-", "-o", tmp_path / "out.npy")
         assert "standard input " in error and "jq -c" in error and "--format text" in error
+    for text in ('[{"text": "a"}, \n {"text": "b"}]', '["a",\n"b"]', '{"text": "a",\n "fps": 2}'):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        error = refused(capsys, "embed", small_checkpoint, "-", "-o", tmp_path / "out.npy")
+        assert "jq -c" in error and "--format text" in error
     (tmp_path / "first.jsonl").write_text('["a bad item"]\n"a good one"\n')
     assert open_source(str(tmp_path / "first.jsonl")).total == 2
 
@@ -177,6 +181,7 @@ def test_one_json_document_is_not_lines(
         ("auto", b"\xef\xbb\xbf\n \n{}\n\nx", "jsonl", [b"{}", b"x"]),
         ("auto", b'\xef\xbb\xbf"a"\r\n"b"', "jsonl", [b'"a"', b'"b"']),
         ("auto", b"\n[1\n\n", "text", [b"", b"[1", b""]),
+        ("auto", b"[1] a reference\n{", "text", [b"[1] a reference", b"{"]),
         ("auto", b"", "text", []),
         ("text", b"[\n{", "text", [b"[", b"{"]),
         ("jsonl", b"[1]\nx", "jsonl", [b"[1]", b"x"]),

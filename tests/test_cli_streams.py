@@ -114,6 +114,7 @@ def test_names_that_the_output_cannot_encode(
 
 def test_one_line() -> None:
     assert one_line("a\tb\r\n\x1b\x85\u2028\u2029c") == r"a\tb\r\n\x1b\x85\u2028\u2029c"
+    assert one_line("a\u202egnp.exe") == r"a\u202egnp.exe"
     assert one_line("👩‍👩‍👧 日本 é \\n") == "👩‍👩‍👧 日本 é \\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -176,6 +177,14 @@ def test_truncation_is_reported_and_warned_about_once(tiny_checkpoint: Path) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             embedder.encode("short")
+            each = list(embedder.encode_iter(items, output="int8", details=True))
+        assert [e.usage[0].truncated_tokens for e in each] == lost
+        whole = encoded.vectors[2]
+        np.testing.assert_allclose(each[2].vectors * each[2].scales, whole, atol=0.5 / 127)
+        with pytest.warns(TruncationWarning, match="item 1 was longer than max_length") as caught:
+            vectors = list(embedder.encode_iter(items))
+        assert len(caught) == 1 and caught[0].filename == __file__
+        np.testing.assert_allclose(vectors, encoded.vectors, atol=1e-6)
     with Embedder.from_pretrained(tiny_checkpoint, max_length=40, truncate=False) as embedder:
         with pytest.raises(BatchError) as caught_error:
             embedder.encode(items)
@@ -280,10 +289,12 @@ def test_closing(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_engine")
-def test_dropping_it_frees_the_model(tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize("used", [False, True])
+def test_dropping_it_frees_the_model(tiny_checkpoint: Path, used: bool) -> None:
     before = threading.active_count()
     embedder = Embedder.from_pretrained(tiny_checkpoint)
-    embedder.encode(TEXTS)
+    if used:
+        embedder.encode(TEXTS)
     model = weakref.ref(embedder._runtime.model)
     del embedder
     for _ in range(100):
@@ -314,12 +325,30 @@ def test_dropping_it_frees_the_model(tiny_checkpoint: Path) -> None:
         ({"vision_cache_bytes": -1}, ValueError, "vision_cache_bytes is -1: .* from 0 up"),
         ({"queue_tokens": 0}, ValueError, "queue_tokens is 0"),
         ({"allow_media_domains": "example.org"}, ValueError, "use a list of hosts"),
+        ({"total_pixels": math.nan}, ValueError, "total_pixels is nan"),
+        ({"min_pixels": "100"}, ValueError, "min_pixels is '100'"),
+        ({"fps": None}, ValueError, "fps is None"),
+        ({"default_instruction": 5}, InputError, "the instruction is an int"),
         ({"quantisation": "int8"}, TypeError, "quantisation"),
     ],
 )
 def test_bad_options_are_named(tiny_checkpoint: Path, options, error, message) -> None:
     with pytest.raises(error, match=message):
         Embedder.from_pretrained(tiny_checkpoint, **options)
+
+
+def test_instructions_are_texts(embedder: Embedder) -> None:
+    wrong: Any
+    for wrong in (0, False, {}, b"x", "\udcff"):
+        with pytest.raises(InputError, match="the instruction "):
+            embedder.encode("a", wrong)
+        with pytest.raises(InputError, match="the instruction "):
+            next(embedder.encode_iter(["a"], wrong))
+
+
+def test_a_cpu_has_no_number(tiny_checkpoint: Path, embedder: Embedder) -> None:
+    with Embedder.from_pretrained(tiny_checkpoint, device="cpu:0") as other:
+        assert other._runtime.engine is embedder._runtime.engine
 
 
 @pytest.mark.parametrize(

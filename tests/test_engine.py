@@ -315,6 +315,60 @@ def test_close_answers_what_was_accepted() -> None:
         serving.submit(lambda: prompt(1))
 
 
+@pytest.mark.parametrize("refused", ["qvlfast", "qvlfast-host-0", "qvlfast-host-1"])
+def test_a_thread_that_does_not_start(refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    start = threading.Thread.start
+
+    def starting(thread: threading.Thread) -> None:
+        if thread.name == refused:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    serving = Serving(host_threads=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", starting)
+        with pytest.raises(BackendError, match=r"a thread cannot be started \(can't start new"):
+            serving.submit(lambda: prompt(1))
+    until(lambda: threading.active_count() == before)
+    assert serving.metrics().preparing == serving.metrics().submitted == 0
+    assert serving.submit(lambda: prompt(7)).result(10).value[0] == 7
+    serving.close()
+    assert threading.active_count() == before
+
+
+def test_a_full_queue_takes_what_must_come() -> None:
+    serving = Serving(queue_work=5)
+    first = hold(serving)
+    second = serving.submit(lambda: prompt(*[2] * 9))
+    until(lambda: serving.metrics().waiting == 1)
+    with pytest.raises(QueueFull):
+        serving.submit(lambda: prompt(3))
+    third = serving.submit(lambda: prompt(4), in_any_case=True)
+    serving.model.gate.set()
+    serving.close()
+    assert [f.result(0).value[0] for f in (first, second, third)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_dropping_waits_for_no_lock(begun: bool) -> None:
+    serving = Serving()
+    if begun:
+        serving.submit(lambda: prompt(1)).result(10)
+    engine, served = serving.engine, serving.served
+    with engine._lock:
+        dropping = threading.Thread(target=engine.drop, args=(served,))
+        dropping.start()
+        dropping.join(10)
+        assert not dropping.is_alive() and served in engine._models
+    if not begun:  # there is no thread yet: whoever comes next finds it
+        other = Serving(engine=engine)
+        other.close()
+    until(lambda: served not in engine._models)
+    with pytest.raises(BackendError, match="closed"):
+        serving.submit(lambda: prompt(1))
+
+
 def test_abandon_leaves_no_future_hanging() -> None:
     before = threading.active_count()
     serving = Serving(host_threads=1)

@@ -17,6 +17,7 @@ from qvlfast.kernels.configs import (
     GemmConfig,
     gemm_config,
     main,
+    nearest,
 )
 from qvlfast.kernels.epilogue import ACTIVATIONS
 from qvlfast.kernels.gemm import linear
@@ -217,6 +218,25 @@ def test_blocks_fit_every_target(target, kind) -> None:
                     assert not c.descriptors or target in DESCRIPTOR_TARGETS
     # Few rows get the smallest block: rows that are not there cost as much as others.
     assert gemm_config(kind, target, 1, 64, 64).m == 16
+
+
+@pytest.mark.parametrize(
+    ("target", "like"),
+    [("sm_86", "sm_80"), ("sm_88", "sm_87"), ("sm_103", "sm_100"), ("sm_121", "sm_120")]
+    + [(target, target) for target in TARGETS],
+)
+def test_other_gpus_get_the_blocks_of_the_next_older(target, like) -> None:
+    assert nearest(target) == like
+    for kind in KINDS:
+        for m in (1, 64):
+            assert gemm_config(kind, target, m, 2048, 2048) == gemm_config(
+                kind, like, m, 2048, 2048
+            )
+
+
+def test_older_gpus_have_none() -> None:
+    with pytest.raises(ValueError, match="sm_75 is older than sm_80"):
+        gemm_config("float16", "sm_75", 1, 2048, 2048)
 
 
 def test_the_table_can_be_printed(capsys) -> None:

@@ -351,6 +351,14 @@ def test_no_falling_back_on_a_cpu() -> None:
     assert "TRITON_INTERPRET=1" in printed
 
 
+def test_gpus_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(BackendError, match=r"begins with sm_80, and 'cuda:0' is sm_75: use"):
+        choose_ops("triton", torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert choose_ops("triton", torch.device("cuda:0")).name == "triton"
+
+
 def test_missing_triton_is_named_with_its_remedy() -> None:
     printed = run(
         "import sys, torch\n"

@@ -121,6 +121,14 @@ def test_truncation_cuts_the_document(tiny_checkpoint: Path) -> None:
         reranker.predict(("query", "document"))
 
 
+def test_instructions_are_texts(reranker: Reranker) -> None:
+    wrong: Any = 0
+    with pytest.raises(InputError, match="the instruction is an int"):
+        reranker.rank("a", DOCUMENTS, wrong)
+    with pytest.raises(InputError, match="the instruction is an int"):
+        reranker.predict([("a", "b")], wrong)
+
+
 def test_top_k_must_be_positive(reranker: Reranker) -> None:
     with pytest.raises(ValueError, match="top_k is 0"):
         reranker.rank("a", DOCUMENTS, top_k=0)

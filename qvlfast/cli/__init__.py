@@ -81,9 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         from ..errors import QvlfastError
 
+        text = _message(error)
         if not isinstance(error, QvlfastError | ValueError | OSError):
-            raise
-        streams.say(f"qvlfast: {_message(error)}")
+            from ..execution import is_memory_fault
+
+            if not is_memory_fault(error):
+                raise
+            text = f"not enough memory ({text}): `qvlfast info MODEL` says what it needs"
+        streams.say(f"qvlfast: {text}")
         return USER_ERROR
 
 

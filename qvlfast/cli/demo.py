@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         gallery = embedder.encode_document(documents)
         vectors = embedder.encode_query([query.value for query in queries])
         cosines = embedder.similarity(vectors, gallery)
-    _say(f"{len(emoji)} pictures and {len(queries)} queries embedded", start)
+    _say(f"embedded {len(emoji)} pictures, and queries: {len(queries)}", start)
 
     # The small reranker knows words, and would spoil what a larger embedder finds.
     judge = options.reranker or (None if options.embedder else RERANKER)

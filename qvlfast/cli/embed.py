@@ -104,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
     folder = locate(options.model, revision=options.revision, local_files_only=options.offline)
     layout = _layout(options, load_config(folder))
     decisive = {name: getattr(options, name) for name in _DECISIVE}
+    decisive["format"] = source.form
     work = Work(options.out, beside, {"model": fingerprint(folder), **decisive}, options.restart)
     try:
         _embed(options, source, work, layout)
@@ -135,7 +136,7 @@ def _check_input_is_kept(name: str, outputs: Sequence[Path]) -> None:
         with contextlib.suppress(OSError):
             if os.path.samestat(given, path.stat()):
                 what = "standard input" if name == "-" else name
-                raise ValueError(f"{what} is {path}, which would be overwritten: name another OUT")
+                raise ValueError(f"{what} is one of the outputs, {path}: name another OUT")
 
 
 def fingerprint(folder: Path) -> str:
@@ -235,9 +236,6 @@ def _outcomes(
     embedder: Any, lines: Iterator[Line], options: argparse.Namespace
 ) -> Iterator[Outcome]:
     """The answer of each line, in order, a bounded number of them under way."""
-    import warnings
-
-    from .. import TruncationWarning
     from ..errors import InputError
 
     waiting: deque[tuple[Line, str | int, InputError | None]] = deque()
@@ -254,19 +252,19 @@ def _outcomes(
                 waiting.append((line, name, None))
                 yield value
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", TruncationWarning)
-        for outcome in embedder.encode_iter(
-            values(),
-            options.instruction,
-            dimensions=options.dimensions,
-            normalize=not options.no_normalize,
-            on_error="return",
-        ):
-            line, name, error = waiting.popleft()
-            cut = any(w.category is TruncationWarning for w in caught)
-            caught.clear()
-            yield line, name, error or outcome, cut
+    for outcome in embedder.encode_iter(
+        values(),
+        options.instruction,
+        dimensions=options.dimensions,
+        normalize=not options.no_normalize,
+        on_error="return",
+        details=True,
+    ):
+        line, name, error = waiting.popleft()
+        if isinstance(outcome, Exception):
+            yield line, name, error or outcome, False
+        else:
+            yield line, name, outcome.vectors, outcome.usage[0].truncated_tokens > 0
 
 
 def _store(outcomes: Iterator[Outcome], keeper: _Keeper, total: int | None, quiet: bool) -> None:
@@ -343,6 +341,6 @@ class _Keeper:
 def _report_cut(count: int) -> None:
     if count:
         say(
-            f"qvlfast: {count} items were longer than --max-length and lost text from their end; "
+            f"qvlfast: cut to --max-length, so that text was lost from the end: {count} items; "
             "--no-truncate makes them errors"
         )

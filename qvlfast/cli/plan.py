@@ -26,7 +26,7 @@ from ..weights import own_shapes
 _PROCESS = int(0.65 * 2**30)
 _CONTEXT = int(0.6 * 2**30)
 
-# GPUs that kernels are compiled for, and whether one memory serves them and the CPU.
+# Whether one memory serves a GPU and the CPU.
 _SHARED = {
     "sm_80": False,
     "sm_86": False,
@@ -34,8 +34,10 @@ _SHARED = {
     "sm_89": False,
     "sm_90": False,
     "sm_100": False,
+    "sm_103": False,
     "sm_110": True,  # Thor
     "sm_120": False,
+    "sm_121": True,  # GB10
 }
 _FP8_FROM = 89
 _PARTS = ("vision tower", "mergers", "token embedding", "decoder layers", "head")
@@ -201,7 +203,7 @@ class Planner:
             raise BackendError(
                 f"{self.device.name} has no FP8, which begins with sm_{_FP8_FROM}: use int8"
             )
-        if name == "native" or not self.device.fp8:
+        if name == "triton" and not self.device.fp8:
             keeps -= {"fp8", "fp8_blocks"}
         return Setup.loaded(dtype, name, keeps, self.stored, plan)
 
@@ -268,7 +270,7 @@ def find_device(name: str, memory: int | None) -> Device:
     kind = name.partition(":")[0]
     if kind == "auto":
         kind = "cuda" if here else "cpu"
-    if kind not in ("cpu", "cuda"):
+    if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", name):
         raise BackendError(f"device {name!r} is not supported: use auto, cpu, cuda:0 or sm_87")
     if kind == "cpu":
         own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -99,12 +99,17 @@ def read_query(text: str) -> Any:
         text, base = path.read_text(encoding="utf-8-sig"), path.parent
         if suffix != ".json":
             return _not_blank(text.removesuffix("\n"))
-    if text.lstrip().startswith("{"):
         value = parse_json(text, base, 0)[1]
-        if not value:
-            raise ValueError("the query is an empty object: give it a text, an image or a video")
-        return value
+        return _not_blank(value) if isinstance(value, str) else _with_content(value)
+    if text.lstrip().startswith("{"):
+        return _with_content(parse_json(text, base, 0)[1])
     return _not_blank(text)
+
+
+def _with_content(query: dict[str, Any]) -> dict[str, Any]:
+    if not any(query.get(key) for key in ("text", "image", "video")):
+        raise ValueError("the query is an empty object: give it a text, an image or a video")
+    return query
 
 
 def _not_blank(text: str) -> str:

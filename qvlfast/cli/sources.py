@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _BY_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "
 _DEEPEST = 2  # a list of videos, each a list of frames
 _SCHEMES = ("http://", "https://", "file://", "data:")
 _BOM = b"\xef\xbb\xbf"
+# How an array or an object over several lines begins.
+_BEGUN_ARRAY, _BEGUN_OBJECT = rb"\[\s*(?:$|[\[{\"])", rb"\{\s*(?:$|\")"
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,15 @@ def _from_base(value: Any, base: Path, depth: int) -> Any:
 
 
 class Source:
-    """Items in order. ``total`` is how many there are, None where only the end will tell."""
+    """Items in order.
 
-    def __init__(self, lines: Iterable[Line], total: int | None, name: str) -> None:
+    Attributes:
+        form: ``jsonl``, ``text`` or ``file``, as :attr:`Line.kind`.
+        total: how many there are, None where only the end will tell.
+    """
+
+    def __init__(self, lines: Iterable[Line], form: str, total: int | None, name: str) -> None:
+        self.form = form
         self.total = total
         self.name = name
         self._lines = lines
@@ -151,7 +160,7 @@ def open_source(name: str, form: str = "auto") -> Source:
     with path.open("rb") as file:  # fails here and not in the middle of the work
         form = _form_of(_head(file), form, name, array=suffix == ".json")
     total = sum(1 for _ in _file_lines(path, form))
-    return Source(_file_lines(path, form), total, name)
+    return Source(_file_lines(path, form), form, total, name)
 
 
 def _folder(path: Path) -> Source:
@@ -166,7 +175,7 @@ def _folder(path: Path) -> Source:
             f"{path} holds no pictures or videos ({', '.join(sorted(PICTURES | VIDEOS))})"
         )
     names.sort()
-    return Source(_Files(path, names), len(names), str(path))
+    return Source(_Files(path, names), "file", len(names), str(path))
 
 
 class _Files:
@@ -187,7 +196,7 @@ def _stream(file: BinaryIO, form: str, base: Path, name: str) -> Source:
     """Of a pipe, which can be read once."""
     head = _head(file)
     form = _form_of(head, form, name)
-    return Source(_numbered(chain(head, file), form, base), None, name)
+    return Source(_numbered(chain(head, file), form, base), form, None, name)
 
 
 def _file_lines(path: Path, form: str) -> Iterator[Line]:
@@ -225,7 +234,7 @@ def _form_of(head: list[bytes], form: str, name: str, array: bool = False) -> st
     Args:
         head: its lines up to the first that is not blank.
         form: what it is said to be.
-        array: whether an array in one line is certainly a document, and no item.
+        array: whether an array is certainly a document, and no item.
 
     Raises:
         ValueError: it is one JSON document of many items. Some of its lines may well look like
@@ -236,14 +245,19 @@ def _form_of(head: list[bytes], form: str, name: str, array: bool = False) -> st
     plain = "" if form == "jsonl" else "; for plain lines: --format text"
     line = head[-1].removeprefix(_BOM).strip() if head else b""
     value: Any = None
-    if form == "auto":
+    if form == "jsonl":
+        begun_array, begun_object = line == b"[" or (array and line[:1] == b"["), line == b"{"
+    else:
+        begun_array = re.match(_BEGUN_ARRAY, line) is not None
+        begun_object = re.match(_BEGUN_OBJECT, line) is not None
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
-    if line == b"[" or (array and line.startswith(b"[")) or isinstance(value, list):
+            begun_array, begun_object = isinstance(value, list), False
+    if begun_array:
         raise ValueError(
             f"{name} is one JSON array: write an item a line, as `jq -c '.[]'` does{plain}"
         )
-    if line == b"{":
+    if begun_object:
         raise ValueError(
             f"{name} has items of many lines: write one a line, as `jq -c .` does{plain}"
         )

@@ -15,6 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+# Embeddings, overrides and isolates of Unicode's bidirectional algorithm.
+_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
 
 class Output:
     """Standard output whose errors name it, wherever in the work they come."""
@@ -111,9 +114,12 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def one_line(text: object) -> str:
-    """A text whose control characters and line ends are escaped: it keeps to its line."""
+    """A text whose control characters, line ends and changes of direction are escaped: it keeps to
+    its line, and lets what follows be."""
     return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in ("Cc", "Zl", "Zp") or c in _DIRECTIONS
+        else c
         for c in str(text)
     )
 

@@ -225,7 +225,8 @@ def warn_of_widening(
         wide = [n for n in names if plan is None or not plan.covers(published_name(n))]
         if not wide or found[wide[0]].form in keeps:
             continue
-        advice = "" if plan else f": quantization='int8' takes {per_byte} times it"
+        as_int8 = "that of the file" if per_byte == 1 else f"{per_byte} times that of the file"
+        advice = "" if plan else f": with quantization='int8' it is {as_int8}"
         warnings.warn(
             f"{len(wide)} linears are stored in {maker} and computed with in "
             f"{str(dtype).removeprefix('torch.')}, in {dtype.itemsize * per_byte} times the "
