@@ -180,6 +180,7 @@ def test_one_json_document_is_not_lines(
     [
         ("auto", b"\xef\xbb\xbf\n \n{}\n\nx", "jsonl", [b"{}", b"x"]),
         ("auto", b'\xef\xbb\xbf"a"\r\n"b"', "jsonl", [b'"a"', b'"b"']),
+        ("auto", b'{"text": "a"}\n"b"', "jsonl", [b'{"text": "a"}', b'"b"']),
         ("auto", b"\n[1\n\n", "text", [b"", b"[1", b""]),
         ("auto", b"[1] a reference\n{", "text", [b"[1] a reference", b"{"]),
         ("auto", b"", "text", []),

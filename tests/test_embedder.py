@@ -275,7 +275,8 @@ def test_non_finite_results_are_errors(tiny_checkpoint: Path) -> None:
 @pytest.fixture
 def own_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """No other model keeps its threads."""
-    monkeypatch.setattr("qvlfast.runtime.engine_of", lambda device: Engine())
+    engine = Engine()
+    monkeypatch.setattr("qvlfast.runtime.engine_of", lambda device: engine)
 
 
 @pytest.mark.usefixtures("own_engine")
