@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,27 @@ class Expected:
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = tuple(WEIGHT_DTYPES)
+
+
+def named_kind(name: str) -> str | None:
+    """``embedder`` or ``reranker``, as a name says; their files are of the same form."""
+    name = name.lower()
+    return "reranker" if "rerank" in name else "embedder" if "embed" in name else None
+
+
+def warn_of_another_kind(model: str | os.PathLike[str], kind: str) -> None:
+    """What a model of the other kind answers looks like vectors, or scores; only names tell.
+
+    Args:
+        kind: what it is loaded as.
+    """
+    found = named_kind(Path(model).name)
+    if found is not None and found != kind:
+        warnings.warn(
+            f"{os.fspath(model)} is loaded by qvlfast.{kind.capitalize()}, and by its name it is "
+            f"of the other kind, whose answers mean nothing: use qvlfast.{found.capitalize()}",
+            stacklevel=4,
+        )
 
 
 def locate(

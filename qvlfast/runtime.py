@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .arguments import whole
-from .checkpoint import Checkpoint, locate
+from .checkpoint import Checkpoint, locate, warn_of_another_kind
 from .config import ModelConfig, load_config, load_pixel_config
 from .cost import Budget
 from .dispatch import check_backend, choose_device, choose_ops
@@ -221,6 +221,7 @@ class Runtime:
         queue_work = math.inf if queue_tokens is None else whole("queue_tokens", queue_tokens)
         check_backend(backend)
         folder = locate(model, revision=revision, local_files_only=local_files_only)
+        warn_of_another_kind(model, "reranker" if reranker else "embedder")
         config = load_config(folder)
         checkpoint = Checkpoint(folder)
         torch_dtype = torch_dtype or stored_dtype(checkpoint)

@@ -27,6 +27,7 @@ from qvlfast import (
     Embedder,
     Encoded,
     InputError,
+    Reranker,
     TruncationWarning,
 )
 from qvlfast.engine import Engine
@@ -345,6 +346,28 @@ def test_instructions_are_texts(embedder: Embedder) -> None:
             embedder.encode("a", wrong)
         with pytest.raises(InputError, match="the instruction "):
             next(embedder.encode_iter(["a"], wrong))
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "advice"),
+    [
+        (Embedder.from_pretrained, "My-Reranker-2B", "use qvlfast.Reranker"),
+        (Reranker.from_pretrained, "Some-Embedding-2B", "use qvlfast.Embedder"),
+        (Embedder.from_pretrained, "Some-Embedding-2B", None),
+        (Reranker.from_pretrained, "neither", None),
+    ],
+)
+def test_a_model_of_the_other_kind(
+    tiny_checkpoint: Path, tmp_path: Path, load: Any, name: str, advice: str | None
+) -> None:
+    folder = tmp_path / name
+    folder.symlink_to(tiny_checkpoint)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(folder).close()
+    found = [w for w in caught if "by its name" in str(w.message)]
+    assert [w.filename for w in found] == [__file__] * (advice is not None)
+    assert all(str(folder) in str(w.message) and advice in str(w.message) for w in found)
 
 
 def test_a_cpu_has_no_number(tiny_checkpoint: Path, embedder: Embedder) -> None:

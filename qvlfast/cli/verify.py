@@ -234,9 +234,10 @@ def _own_version() -> str:
 
 
 def _kinds(kind: str, name: str) -> list[str]:
+    from ..checkpoint import named_kind
+
     if kind == "auto":
-        name = name.lower()
-        kind = "reranker" if "rerank" in name else "embedder" if "embed" in name else "both"
+        kind = named_kind(name) or "both"
     return ["embedder", "reranker"] if kind == "both" else [kind]
 
 
