@@ -105,6 +105,7 @@ def test_user_errors_are_one_line(
         (("embed", small_checkpoint, tmp_path / "none.jsonl", "-o", out), "No such file"),
         (("embed", small_checkpoint, empty, "-o", out), "no pictures or videos"),
         (("embed", small_checkpoint, lines, "-o", tmp_path / "out.csv"), ".npy"),
+        (("embed", small_checkpoint, lines, "-o", tmp_path / ".npy"), "an ending without a name"),
         (("embed", small_checkpoint, lines, "-o", tmp_path / "no" / "out.npy"), "No such file"),
         (("embed", small_checkpoint, lines, "-o", out, "--dimensions", "64"), "32 values"),
         (("embed", small_checkpoint, lines, "-o", out, "--device", "tpu"), "tpu"),

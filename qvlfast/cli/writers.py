@@ -64,6 +64,8 @@ def check_suffix(output: Path) -> None:
     Raises:
         ValueError: an unknown ending, or no pyarrow for ``.parquet``.
     """
+    if output.name in SUFFIXES:
+        raise ValueError(f"{output} is an ending without a name: name the output out{output.name}")
     if output.suffix not in SUFFIXES:
         raise ValueError(f"{output} ends in none of {', '.join(SUFFIXES)}: name the output so")
     if output.suffix == ".parquet":
