@@ -24,6 +24,7 @@ from qvlfast.cli.options import model_arguments
 from qvlfast.cli.plan import Planner, Wish, find_device
 from qvlfast.cli.rerank import read_query
 from qvlfast.config import load_config
+from qvlfast.quant.stored import Stored
 from qvlfast.weights import expected_shapes
 from tests.samples import picture
 from tests.test_cli_embed import (
@@ -365,6 +366,28 @@ def test_info_counts_what_a_published_checkpoint_holds(tmp_path: Path) -> None:
     assert sum(part.parameters for part in plan.parts) == 2_127_532_032
     # Two bytes each; biases are kept in float32, and the patch embedding twice.
     assert 2 * 2_127_532_032 < plan.weights < 2.001 * 2_127_532_032
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "form"),
+    [
+        ("sm_80", "triton", "float"),
+        ("sm_89", "triton", "fp8"),
+        ("sm_80", "reference", "fp8"),
+        ("cpu", "native", "float"),
+        ("cpu", "reference", "fp8"),
+    ],
+)
+def test_what_fp8_files_are_planned_as(
+    tiny_checkpoint: Path, device: str, backend: str, form: str
+) -> None:
+    planner = Planner(
+        Checkpoint(tiny_checkpoint), load_config(tiny_checkpoint), find_device(device, 8 << 30)
+    )
+    linear = "language_model.layers.0.mlp.down_proj"
+    planner.stored[f"model.{linear}.weight"] = Stored("fp8", (1, 1), {}, "fp8")
+    setup = planner.setup(Wish("bfloat16", None, backend, 1, 1, 1))
+    assert setup.form(linear) == form
 
 
 def test_info_of_a_quantised_checkpoint(
